@@ -403,6 +403,37 @@ class TrainConfig(Config):
         kept=False,
         reads=Path,
     )
+    teacher_method: str | None = option(
+        None,
+        "Loss",
+        "Attention method of the teacher of objective distill; none: its LoRA's own, or dense.",
+        choices=registry.METHODS,
+    )
+    teacher_settings: tuple[str, ...] = option(
+        (), "Loss", "Options of the teacher's attention method, field=value each."
+    )
+    student_steps: int | None = option(
+        None,
+        "Loss",
+        "Number of denoising steps that the LoRA learns to make a video in, each as its teacher "
+        "takes it in several; none: no steps, each noise level by itself.",
+        ge=1,
+        le=64,
+    )
+    teacher_steps: int | None = option(
+        None,
+        "Loss",
+        "Number of the teacher's denoising steps, a multiple of student_steps; none: three for "
+        "each of the student's.",
+        ge=1,
+        le=1000,
+    )
+    starts: Literal["own", "teacher", "data"] = option(
+        "own",
+        "Loss",
+        "Latents that a step of the student begins with; own: as its own steps make them of "
+        "noise; teacher: as the teacher's do; data: a clip with noise.",
+    )
     timestep_sampling: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Loss", "Distribution of noise levels, before the shift."
     )
@@ -601,7 +632,12 @@ class TrainConfig(Config):
         kept=False,
     )
     validation_steps: int = option(
-        20, "Keeping", "Number of denoising steps of sampled videos.", ge=1, le=10_000, kept=False
+        20,
+        "Keeping",
+        "Number of denoising steps of sampled videos; with student_steps as many.",
+        ge=1,
+        le=10_000,
+        kept=False,
     )
     sample_with: tuple[str, ...] = option(
         (),
@@ -631,6 +667,8 @@ class TrainConfig(Config):
         has_sizes = self.sizes or (self.sets and all(one.sizes for one in self.sets))
         if has_sizes and not (self.is_given("height") or self.is_given("width")):
             held["height"], held["width"] = self.clip_sizes[0]
+        if self.student_steps is not None and not self.is_given("validation_steps"):
+            held["validation_steps"] = self.student_steps
         for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):
             raise ValueError(fault)
 
@@ -735,6 +773,11 @@ class TrainConfig(Config):
     def casts_base(self) -> bool:
         """Whether the base is held in another floating-point dtype than it computes in."""
         return self.base == "fp8" or (self.base == "bf16" and self.mixed_precision != "bf16")
+
+    @property
+    def needs_clips(self) -> bool:
+        """Whether clips train; else prompts alone are enough."""
+        return self.student_steps is None or self.starts == "data"
 
     @property
     def cache_folder(self) -> Path:
@@ -990,12 +1033,14 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
                 "fp8, or lora_kind lora"
             )
     if not is_lora or config.objective != "distill":
-        for name in filter(given, ("teacher_guidance", "teacher_lora")):
+        names = ("teacher_guidance", "teacher_lora", "teacher_method", "student_steps")
+        for name in filter(given, names):
             yield (
                 f"{name} is for objective distill of adapter lora, got "
                 f"{shown(getattr(config, name))} with {config.objective} of {config.adapter}: "
                 "leave it out"
             )
+    yield from _student_faults(config)
     if is_lora:
         if config.objective == "distill_attention":
             yield "objective distill_attention is for adapter image_prompt: take distill"
@@ -1022,6 +1067,39 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
         yield (
             f"base {config.base} does not go with adapter image_prompt, whose layers start as "
             "copies of the model's own: take fp8"
+        )
+
+
+def _student_faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields of a teacher's attention and of a student's steps do not go together."""
+    given, steps = config.is_given, config.student_steps
+    if config.teacher_settings and config.teacher_method is None:
+        yield (
+            f"teacher_settings {shown(config.teacher_settings)} are of a teacher_method, and none "
+            "is given: give it too"
+        )
+    if steps is None:
+        for name in filter(given, ("teacher_steps", "starts")):
+            yield (
+                f"{name} {shown(getattr(config, name))} is for student_steps, which is not given: "
+                "give student_steps, as 4, or leave it out"
+            )
+        return
+    if config.teacher_steps is not None and config.teacher_steps % steps:
+        yield (
+            f"teacher_steps must be a multiple of student_steps {steps}, as {3 * steps}, got "
+            f"{config.teacher_steps}"
+        )
+    if (levels := config.noise_levels) and len({*levels}) != steps:
+        yield (
+            f"noise_levels are the noise at which each of student_steps {steps} begins, got "
+            f"{len({*levels})}: give as many, or leave them out"
+        )
+    drawing = ("sampled_steps", "timestep_sampling", "logit_mean", "logit_std", "weighting")
+    for name in filter(given, drawing):
+        yield (
+            f"{name} says which noise levels train and by how much, which student_steps does, got "
+            f"{shown(getattr(config, name))}: leave it out"
         )
 
 
