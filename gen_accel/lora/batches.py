@@ -378,7 +378,7 @@ class Batches:
         config, size, groups = self.config, self.config.batch_size, self._groups
         first = (micro * groups.count + groups.number) * size
         numbers = clips[first : first + size]
-        latents = [self.cache.latents(number, frames) for number in numbers]
+        latents = [self.latents(number, frames) for number in numbers]
         about = {"shift": self.model.shift, "sigmas": sigmas_of(config, self.model)}
         draws = [
             draw(config, step, place, clean.shape, **about)._replace(
@@ -388,6 +388,14 @@ class Batches:
             for place, clean in enumerate(latents, first)
         ]
         return self.of(numbers, latents, draws)
+
+    def latents(self, clip: int, frames: int) -> Tensor:
+        """Read a clip's first latents, (C, f, h, w); zeros where no clip trains."""
+        if self.config.needs_clips:
+            return self.cache.latents(clip, frames)
+        entry, transformer = self.cache.entries[clip], self.model.transformer
+        channels = family_of(transformer).latent_channels(transformer.config)
+        return torch.zeros(channels, frames, entry.height, entry.width)
 
     def of(self, clips: list[int], latents: list[Tensor], draws: list[Draw]) -> Batch:
         """Build the batch of some clips with draws that are given."""

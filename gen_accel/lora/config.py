@@ -23,6 +23,7 @@ from gen_accel.lora.data.clips import (
     Take,
     parse_repeats,
     parse_sizes,
+    why_clips,
 )
 from gen_accel.lora.data.sets import Dataset
 from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
@@ -125,7 +126,8 @@ class TrainConfig(Config):
     data: str | None = option(
         None,
         "What",
-        "Videos with captions: a folder, a manifest, or a datasets folder.",
+        "Videos with captions: a folder, a manifest, or a datasets folder. Of student_steps also "
+        "prompts alone: a .txt with one a line.",
         kept=False,
         reads=Path,
     )
@@ -780,6 +782,12 @@ class TrainConfig(Config):
         return self.student_steps is None or self.starts == "data"
 
     @property
+    def why_clips(self) -> str | None:
+        """What clips are needed for, in words; None where prompts alone are enough."""
+        asked = {name: getattr(self, name) for name in ("condition", "masks", "sound", "images")}
+        return why_clips(self.needs_clips, **asked)
+
+    @property
     def cache_folder(self) -> Path:
         return Path(self.out) / "cache" if self.cache is None else Path(self.cache)
 
@@ -817,6 +825,7 @@ class TrainConfig(Config):
         return find_videos(
             self.sets,
             rule=self.rule,
+            needed=self.why_clips,
             images=self.adapter == "image_prompt",
             pictures="all" if 1 in self.clip_lengths else "captioned",
             default_caption=self.default_caption,

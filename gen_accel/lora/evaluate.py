@@ -474,7 +474,7 @@ class FixedLoss:
         )
 
     def _batch(self, clip: int, stage: Stage, level: float) -> Batch:
-        latents = self.cache.latents(clip, self.model.frames(stage.frames))
+        latents = self.batches.latents(clip, self.model.frames(stage.frames))
         number = hash_of_name(self.cache.entries[clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))

@@ -52,6 +52,8 @@ from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.data.clips import why_clips
+from gen_accel.lora.data.finding import refuse_prompts
 from gen_accel.lora.data.report import REPORT, Report
 from gen_accel.lora.data.survey import check_filled
 from gen_accel.lora.evaluate import encoded_prompts
@@ -171,6 +173,12 @@ def _cache_faults(
         yield (
             f"images is {config.images:g}, and {here} holds no pictures: add some with captions "
             "to data, or leave images out"
+        )
+    bare = [entry.name for entry in latents.entries if entry.latent_key is None]
+    if bare and (needed := why_clips(config.needs_clips)):
+        yield (
+            f"{here} holds the captions of {len(bare)} clips and prompts alone, as "
+            f"{shown(bare[0])}: {AGAIN}; clips are needed {needed}"
         )
     if config.masks and not latents.has_masks:
         yield f"{here} holds no masks: {AGAIN}"
@@ -427,6 +435,9 @@ def check_clips(config: TrainConfig) -> None:
         return
     pictures = 1 in config.clip_lengths
     used = [video for video in config.clips() if pictures or not video.is_picture]
+    if any(video.is_prompt for video in used):
+        condition = condition_in(source_of(config), config).condition
+        refuse_prompts(used, why_clips(config.needs_clips, condition=condition))
     with waiting("looking at the first clips"):
         check_filled(used, config.rule, config.clip_sizes, config.fps)
 
@@ -474,6 +485,7 @@ def cache_clips(
         condition=config.condition,
         masks=config.masks,
         sound=config.sound,
+        needs_clips=config.needs_clips,
         take=config.rule.take,
         captions=config.rule.captions,
         default_caption=config.default_caption,

@@ -207,7 +207,8 @@ class RandomClips:
         self.transformer, self.size, self.condition = transformer, size, condition
         self.family = family_of(transformer)
         self.no_image = torch.zeros(features)
-        plain = {"text_keys": None, "repeats": None, "is_picture": None, "sound_key": sound}
+        plain: dict[str, Any] = {"text_keys": None, "repeats": None, "is_picture": None}
+        plain |= {"sound_key": sound, "height": size[0], "width": size[1]}
         self._fps = sound
         self.entries = [
             SimpleNamespace(pixel_frames=n, **plain) for n in (2 * frames)[: max(2, len(frames))]

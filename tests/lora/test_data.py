@@ -28,8 +28,10 @@ from gen_accel.lora.caching.store import DATABASE, Store, is_finished, tensors_o
 from gen_accel.lora.config import TrainConfig, read_config
 from gen_accel.lora.data.clips import CaptionedVideo, Captions, nearest_size, parse_sizes
 from gen_accel.lora.data.finding import find_videos
+from gen_accel.lora.data.survey import check_filled
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.process import locked
+from gen_accel.registry import MOST_PROMPT
 
 family = family_named("wan")
 
@@ -214,7 +216,8 @@ LONG = f"video,caption\na.mp4,{'x' * 200_000}\n"  # a field of more than Python'
         ("m.jsonl", '{"file": "a.mp4"}', ValueError, "none of the columns video, file_name, path"),
         ("m.jsonl", '["a.mp4"]', ValueError, "line 1 of .*none of the columns"),
         ("m.jsonl", '{"video": 3, "text": "x"}', ValueError, "video must be text, .* has 3"),
-        ("m.jsonl", '{"video": "", "text": "x"}', ValueError, "line 1 of .* names no video"),
+        ("m.jsonl", '{"video": "", "text": ""}', ValueError, "line 1 of .* names no video"),
+        ("m.jsonl", '{"video": "", "text": "x"}', ValueError, "1 of 1 captions .* clip, as 'x': "),
         ("m.jsonl", "", ValueError, "no videos"),
         ("m.csv", "video,caption\nz.mp4,x\n", FileNotFoundError, "1 videos .* not there: .*z.mp4"),
         ("m.csv", "video,caption\na.mp4,\n", ValueError, "1 of 1 videos .* no caption: a.mp4"),
@@ -230,6 +233,123 @@ def test_manifests_that_will_not_do(folder, name, text, error, message):
     (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(error, match=message):
         find_videos(folder if name.startswith("metadata") else folder / name)
+
+
+PROMPTS = ["a blue circle", "a red square", "größer"]
+
+
+@pytest.fixture(params=["p.txt", "p.jsonl", "p.csv"])
+def prompts(request, tmp_path):
+    """Prompts without clips."""
+    lines = [json.dumps({"caption": text}) for text in PROMPTS]
+    text = {
+        "p.txt": f"  {PROMPTS[1]}\r\n\n \n{PROMPTS[2]}\n{PROMPTS[0]}",
+        "p.jsonl": "\n".join(lines),
+        "p.csv": "\n".join(["video,prompt", *(f",{text}" for text in PROMPTS)]),
+    }
+    path = tmp_path / request.param
+    path.write_text(text[request.param], encoding="utf-8-sig")
+    return path
+
+
+def test_prompts_without_clips(prompts, folder):
+    rule = CacheOptions(frames=[5, 9], sizes=[SIZE, (64, 48)]).rule
+    found = find_videos(prompts, needed=None)
+    assert [(one.name, one.caption) for one in found] == [*zip(PROMPTS, PROMPTS, strict=True)]
+    assert all(one.is_prompt for one in found)
+    with pytest.raises(ValueError, match=r"3 of 3 captions .* unless student_steps is given with"):
+        find_videos(prompts)
+    # A set of them beside one of clips; a prompt is there once for each size.
+    steps = {"objective": "distill", "student_steps": 2, "stages": ["5:1", "9:1"]}
+    steps |= {"sizes": ["32x48", "64x48"], "data": None}
+    sets = [str(folder), {"data": str(prompts), "repeats": 3, "prefix": "drawn, "}]
+    config = TrainConfig.read({**steps, "datasets": sets})
+    found = config.clips()
+    assert [one.is_prompt for one in found] == 3 * [False] + 6 * [True]
+    assert [one.repeats for one in found] == 3 * [1] + 6 * [3]
+    assert [one.rule.sizes for one in found[3:5]] == [((32, 48),), ((64, 48),)]
+    assert found[3].name == f"p/{PROMPTS[0]}"
+    check_filled(found[3:], rule, rule.sizes, None)
+    for changed, said in (
+        ({"starts": "data"}, "needed unless student_steps is given with starts own or teacher"),
+        ({"condition": "first_frame"}, "clips are needed for condition first_frame"),
+        ({"masks": True}, "3 of 6 captions .* clips are needed for masks"),
+        ({"images": 0.5}, "clips are needed for images 0.5"),
+        ({"sound": True, "objective": "flow", "student_steps": None}, "needed unless"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            config.replaced(**changed).clips()
+
+
+def test_prompts_that_will_not_do(tmp_path):
+    path = tmp_path / "p.txt"
+    for data, said in (
+        (b"\n \n", "p.txt holds no prompts: write one on each line"),
+        (b"a\ncaf\xe9\n", r"p.txt is not UTF-8 text, from byte 5 \(0xe9\) on"),
+        (b"a\n\n" + b"b" * (MOST_PROMPT + 1), "prompt 2 of .*p.txt"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=said):
+            find_videos(path, needed=None)
+
+
+@pytest.mark.turns(3)
+def test_prompts_are_cached_by_their_text_alone(build, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(family, "encode_video", refuse)
+    given = {"data": prompts, "needs_clips": False, "sizes": [SIZE, (64, 48)]}
+    report = build(**given, captions=Captions(trigger="sks"))
+    assert (report.encoded, report.kept, report.unread, report.texts) == (0, 0, 6, 4)
+    assert "6 by their captions alone" in report.line
+    assert [(b.frames, b.size, b.clips) for b in report.buckets] == [
+        *((9, SIZE, 3), (9, (64, 48), 3))
+    ]
+    found = LatentCache(report.folder)
+    assert [e.caption for e in found.entries[::2]] == [f"sks, {text}" for text in PROMPTS]
+    assert [(e.frames, e.height, e.width) for e in found.entries[:2]] == [(3, 4, 6), (3, 8, 6)]
+    assert found.buckets(2) == {(4, 6): [0, 2, 4], (8, 6): [1, 3, 5]}
+    assert torch.equal(
+        found.conditions(1)["encoder_hidden_states"], found.conditions(0)["encoder_hidden_states"]
+    )
+    with pytest.raises(ValueError, match="holds no latents of a blue circle: cache again"):
+        found.latents(0)
+    assert not (report.folder / "preview.png").exists()
+    digests = found.digest, found.digest_at(3)
+    monkeypatch.setattr(family, "encode_prompt", refuse)
+    again = build(**given, captions=Captions(trigger="sks"))
+    assert (again.removed, again.texts) == (0, 0)
+    found = LatentCache(report.folder)
+    assert (found.digest, found.digest_at(3)) == digests
+    for options, said in (
+        ({"needs_clips": True}, "unless student_steps"),
+        ({"masks": True}, "for masks"),
+        ({"condition": "first_frame"}, "for condition first_frame"),
+    ):
+        with pytest.raises(ValueError, match=f"clips are needed {said}"):
+            build(**(given | options))
+
+
+def test_a_model_from_first_frames_takes_no_prompts(build):
+    videos = [CaptionedVideo("a", "a red square", None)]
+    given = {"data": videos, "needs_clips": False}
+    with pytest.raises(ValueError, match="clips are needed for condition first_frame"):
+        build(**given, pipe=wan.PIPELINES["image"]())
+
+
+def test_clips_that_need_not_train_are_not_encoded(build, folder, tmp_path, monkeypatch):
+    first = build()
+    monkeypatch.setattr(family, "encode_video", refuse)
+    report = build(needs_clips=False)
+    assert (report.encoded, report.kept, report.unread) == (0, 0, 3)
+    assert not (report.folder / "preview.png").exists()
+    entries = LatentCache(report.folder).entries
+    assert [(e.pixel_frames, e.latent_key) for e in entries] == [(9, None), (9, None), (5, None)]
+    # Their latents wait for another training.
+    report = build()
+    assert (report.encoded, report.kept, report.unread) == (0, first.encoded, 0)
+    write_video(footage(9, seed=9), folder / "a.mp4", fps=24)
+    assert build(needs_clips=False).unread == 3
+    with pytest.raises(AssertionError):
+        build()
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -53,6 +53,11 @@ class TestDryRun:
         assert all(math.isfinite(loss) for loss in dry_run(given).losses)
 
     @pytest.mark.slow
+    def test_prompts_alone(self):
+        given = TrainConfig(objective="distill", student_steps=2, starts="teacher")
+        assert all(math.isfinite(loss) for loss in dry_run(given).losses)
+
+    @pytest.mark.slow
     def test_it_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         dry_run(TrainConfig(ema_decay=0.9, gradient_accumulation=2, objective="distill"))

@@ -47,6 +47,15 @@ def named(*names):
     return SimpleNamespace(entries=entries)
 
 
+def test_prompts_are_held_out_each_by_itself():
+    entries = [
+        SimpleNamespace(name=f"{i // 2}", latent_key=None, is_picture=None) for i in range(16)
+    ]
+    held = held_out(TrainConfig(held_out=2, loss_every=1), SimpleNamespace(entries=entries))
+    assert len(held) == 4
+    assert {i ^ 1 for i in held} == held, "a prompt in all of its sizes"
+
+
 class TestFixedLoss:
     @pytest.mark.slow
     def test_the_training_is_the_same_without(self, measured, whole):

@@ -329,6 +329,22 @@ class TestTrain:
             gen_accel.lora.train(given)
 
     @pytest.mark.slow
+    def test_prompts_train_without_a_clip(self, on_disk, tmp_path):
+        (tmp_path / "p.txt").write_text("a red square\na blue circle\na green star\n")
+        about = {"objective": "distill", "student_steps": 2, "loss_every": 1, "held_out": 1}
+        about |= {"data": str(tmp_path / "p.txt"), "checkpoint_every": 1, "keep_checkpoints": 9}
+        given = on_disk(stages=("9:1e", "17:1"), **about)
+        done = gen_accel.lora.train(given)
+        assert done.steps == 3, "two of three prompts, then one step"
+        assert [row["frames"] for row in metrics(tmp_path / "run") if "loss" in row] == [9, 9, 17]
+        for name in ("lora", "checkpoints/step-000002", "checkpoints/step-000003"):
+            shutil.rmtree(tmp_path / "run" / name)
+        assert gen_accel.lora.train(given, resume=True).losses == done.losses[1:]
+        cached = {"data": None, "cache": str(given.cache_folder), "out": tmp_path / "other"}
+        with pytest.raises(ValueError, match="the captions of 3 clips and prompts alone, as 'a b"):
+            gen_accel.lora.train(on_disk(**cached))
+
+    @pytest.mark.slow
     def test_a_dry_run_before_does_no_harm(self, on_disk):
         """What Accelerate remembers of it is another precision."""
         given = on_disk(mixed_precision="bf16", stages=("9:1",))

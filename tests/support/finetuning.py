@@ -53,7 +53,10 @@ class Clips:
         plain = {"text_keys": None, "repeats": None, "is_picture": None}
         plain["pixel_frames"] = 4 * frames - 3
         self.entries = [
-            SimpleNamespace(name=f"{i}.mp4", latent_key=str(i), **plain) for i in range(len(sizes))
+            SimpleNamespace(
+                name=f"{i}.mp4", latent_key=str(i), height=size[0], width=size[1], **plain
+            )
+            for i, size in enumerate(sizes)
         ]
 
     def __len__(self) -> int:

@@ -72,6 +72,19 @@ def test_a_row_for_each_caption(data):
     assert sizes["broken.mp4"].startswith("broken: ")
 
 
+def test_prompts_without_clips(data):
+    path = data / "prompts.txt"
+    path.write_text("a red square\na blue circle\n")
+    fields = {"objective": "distill", "student_steps": 4}
+    found = find_clips(config_for(path, **fields))
+    assert [row.caption for row in found.rows] == ["a blue circle", "a red square"]
+    assert found.fixed == f"these captions lie in {path}: edit them there"
+    video = found.videos["a red square"]
+    assert (size_of(video), thumbnail(video)) == ("a prompt alone", "")
+    with pytest.raises(ValueError, match="clips are needed unless student_steps is given"):
+        find_clips(config_for(path))
+
+
 def test_thumbnails(data):
     videos = find_clips(config_for(data)).videos
     assert thumbnail(videos["long.mp4"]).startswith("data:image/jpeg;base64,")

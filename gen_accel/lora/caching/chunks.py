@@ -10,7 +10,7 @@ from gen_accel.lora.caching.inputs import CONTROL, ImageCoder, check_beside, fil
 from gen_accel.lora.caching.latents import Entry
 from gen_accel.lora.caching.store import Fact, remembered_sha256
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.data.clips import CaptionedVideo, Captions, ClipRule, Size, Take
+from gen_accel.lora.data.clips import CaptionedVideo, Captions, ClipRule, Size, Take, why_clips
 from gen_accel.lora.data.survey import ClipFacts, survey
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.loading import DTYPES
@@ -46,6 +46,7 @@ class CacheFields(TypedDict, total=False):
     condition: str | None
     masks: bool
     sound: bool
+    needs_clips: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class CacheOptions:
             videos.
         masks: also keep the mask of each clip with one, see `read_mask`.
         sound: also encode the sound of each clip with some.
+        needs_clips: whether clips train; else no latents are encoded, and prompts without a clip
+            are taken too.
     """
 
     frames: Sequence[int]
@@ -94,6 +97,7 @@ class CacheOptions:
     condition: str | None = None
     masks: bool = False
     sound: bool = False
+    needs_clips: bool = True
 
     def __post_init__(self) -> None:
         if not self.frames or any(length < 1 for length in self.frames):
@@ -118,21 +122,28 @@ class CacheOptions:
         """Rule of clips whose data set has none."""
         return ClipRule(self.take, self.captions, self.sizes, self.frames)
 
+    @property
+    def why_clips(self) -> str | None:
+        """What clips are needed for, in words; None where prompts alone are enough."""
+        names = ("condition", "masks", "sound", "teacher")
+        asked = {name: getattr(self, name) for name in names} | {"images": self.images is not None}
+        return why_clips(self.needs_clips, **asked)
+
     def rule_of(self, video: CaptionedVideo) -> ClipRule:
         """Return the rule of a clip's data set, or else that of all."""
         return video.rule or self.rule
 
 
 class ClipChunk(NamedTuple):
-    """A chunk of a clip at one length.
+    """A chunk of a clip at one length, or a prompt.
 
     Args:
         size: height and width in pixels.
         entry: its fields in the cache, with the keys of its tensors.
         texts: captions as they are encoded, in the order of the entry's keys.
-        source: hash of all inputs of the latents but the number of frames.
-        seconds: duration; None if unknown, and of a picture.
-        total: frames of the whole clip; None if a part is damaged.
+        source: hash of all inputs of the latents but the number of frames; "" without latents.
+        seconds: duration; None if unknown, and of a picture or a prompt.
+        total: frames of the whole clip; None if a part is damaged, and of a prompt.
         lost: share of each frame that the crop takes away.
     """
 
@@ -148,6 +159,12 @@ class ClipChunk(NamedTuple):
     @property
     def frames(self) -> int:
         return self.entry.pixel_frames
+
+    @property
+    def latents(self) -> str:
+        """Key of the latents, of a chunk that has some."""
+        assert self.entry.latent_key is not None
+        return self.entry.latent_key
 
     @property
     def begin(self) -> int:

@@ -29,7 +29,7 @@ from gen_accel.lora.caching.work import (
     Encoding,
     Workers,
 )
-from gen_accel.lora.data.finding import Data, find_videos, not_taken
+from gen_accel.lora.data.finding import Data, find_videos, not_taken, refuse_prompts
 from gen_accel.lora.data.report import (
     CropLoss,
     Report,
@@ -100,6 +100,7 @@ def cache(
         controls=asked.condition == CONTROL,
         teacher=asked.teacher,
         repeats=asked.repeats,
+        needed=asked.why_clips,
     )
     rules = [*map(asked.rule_of, videos)]
     if any(rule.take.scenes == "cut" for rule in rules):
@@ -109,6 +110,7 @@ def cache(
         clear_partial(folder)
         encoders = load_encoders(model_or_pipe, device, dtype)
         asked = replace(asked, condition=_condition(encoders, model_or_pipe, asked.condition))
+        refuse_prompts(videos, asked.why_clips)
         sizes = {size: None for rule in rules for size in rule.sizes}
         _check_fit(encoders, replace(asked, sizes=[*sizes]))
         run = Encoding(encoders, asked, executor)
@@ -125,7 +127,7 @@ def cache(
                     f"no clip could be encoded: {next(iter(reasons), 'none is left')}"
                 )
             pictures = run.keep_pictures(done, store)
-            always = [run.text_key(""), *pictures]
+            always = [run.text_key(""), *pictures, *(key for key in run.unread if key in store)]
             if asked.images is not None:
                 always.append(run.image_key(NOTHING))
             keys = chain(always, (key for chunk in done for key in chunk.entry.keys))
@@ -134,11 +136,13 @@ def cache(
             reconstruction = sheet.write(store, done, encoders, bar)
     new_clips = {*new[CLIPS]}
     encoded = sum(chunk.entry.latent_key in new_clips for chunk in done)
+    unread = sum(chunk.entry.latent_key is None for chunk in done)
     report = Report(
         folder=folder,
         encoded=encoded,
-        kept=len(done) - encoded,
+        kept=len(done) - encoded - unread,
         removed=removed,
+        unread=unread,
         texts=len(new[CAPTIONS]) + len(new[SHOWN_CAPTIONS]),
         short=tuple(run.short),
         broken=run.broken,
@@ -158,7 +162,8 @@ def cache(
 def _losses(done: Sequence[ClipChunk]) -> list[CropLoss]:
     """Return the losses of each clip by crop and length."""
     found = []
-    for video, group in groupby(done, lambda chunk: chunk.video):
+    clips = (chunk for chunk in done if not chunk.video.is_prompt)
+    for video, group in groupby(clips, lambda chunk: chunk.video):
         first, *others = group
         parts = ((one.begin, one.frames) for one in (first, *others))
         unused = unused_frames(first.total, parts)
@@ -207,8 +212,9 @@ def _digests(run: Encoding, done: Sequence[ClipChunk]) -> dict[str, str]:
     for chunk in done:
         video, entry = chunk.video, chunk.entry
         latents = chunk.source if causal else entry.latent_key
+        keys = [key for key in entry.keys if key != entry.latent_key]
         shown = [video.name, video.repeats, video.is_picture]
-        seen = hash_of([*shown, chunk.size, entry.keys[1:], latents]).encode()
+        seen = hash_of([*shown, chunk.size, keys, latents]).encode()
         for frames, digest in hashes.items():
             fits = entry.frames >= frames if causal else entry.frames == frames
             if fits or video.is_picture:  # pictures train in any stage

@@ -43,14 +43,15 @@ KINDS = {  # types of a manifest's fields
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A clip at one length, with its caption.
+    """A clip at one length, with its caption, or a prompt.
 
     Args:
         frames, height, width: size of the latents.
-        pixel_frames: frames of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key, frame_key, mask_key, sound_key: names of the
-            clip's tensors in the shards; all but the first two are None in a cache without images,
-            teacher captions, first frames, masks or sound, and the last two of a clip without.
+        pixel_frames: frames of the video.
+        text_key, latent_key, image_key, teacher_key, frame_key, mask_key, sound_key: names of the
+            clip's tensors in the shards; all but the first are None in a cache without latents,
+            images, teacher captions, first frames, masks or sound, and the last two of a clip
+            without.
         begin: first frame in the video; None for 0.
         text_keys: of all texts of a clip with more than one.
         repeats: how often it is shown while a clip of 1 is shown once; None for 1.
@@ -63,8 +64,8 @@ class Entry:
     height: int
     width: int
     pixel_frames: int
-    latent_key: str
     text_key: str
+    latent_key: str | None = None
     image_key: str | None = None
     teacher_key: str | None = None
     frame_key: str | None = None
@@ -176,7 +177,8 @@ class LatentCache(Database):
             frames: number of latent frames to read, from the first; None reads all.
 
         Raises:
-            ValueError: the entry has fewer, or has more and its autoencoder is not causal.
+            ValueError: the entry has fewer, or has more and its autoencoder is not causal; or the
+                cache was made without latents.
         """
         entry = self.entries[index]
         if frames is None:
@@ -186,7 +188,8 @@ class LatentCache(Database):
                 f"frames must be {'at most ' if self.causal else ''}{entry.frames}, as many "
                 f"latents as {entry.name} has, got {frames}"
             )
-        return self._slices(entry.latent_key)[LATENTS][:, :frames].float()
+        key = self._held(entry.latent_key, f"latents of {entry.name}")
+        return self._slices(key)[LATENTS][:, :frames].float()
 
     def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         """Read the transformer's arguments for the caption, without a batch axis.
@@ -360,7 +363,7 @@ def held_out(config: TrainConfig, cache: LatentCache) -> frozenset[int]:
     else:
         chosen = {name for name in names if hash_of_name(name) < config.held_out * 2**64}
         chosen = chosen or set(names[:1])
-    latents = {entry.latent_key for entry in cache.entries if entry.name in chosen}
+    latents = {entry.latent_key for entry in cache.entries if entry.name in chosen} - {None}
     return frozenset(
         i
         for i, entry in enumerate(cache.entries)

@@ -57,27 +57,31 @@ class ContactSheet:
     """Frames of evenly chosen chunks, collected while all clips are read.
 
     Args:
-        chunks: all chunks in order; unreadable chunks are left out later.
+        chunks: all chunks in order, of which those with latents are shown; unreadable chunks are
+            left out later.
         read: reads the frames of a chunk, (F, H, W, 3) uint8; None if it cannot.
     """
 
     def __init__(
         self, chunks: Sequence[ClipChunk], read: Callable[[ClipChunk], np.ndarray | None]
     ) -> None:
+        chunks = _with_latents(chunks)
         self._chunks = [chunks[place] for place in evenly(len(chunks), MOST_ROWS)]
-        self._keys = {chunk.entry.latent_key for chunk in self._chunks}
+        self._keys = {chunk.latents for chunk in self._chunks}
         self._tiles: dict[str, list[Image.Image]] = {}
         self._read = read
 
     def see(self, chunk: ClipChunk, frames: np.ndarray) -> None:
         """Take the frames of a chunk that is being encoded."""
-        if chunk.entry.latent_key in self._keys:
-            self._tiles[chunk.entry.latent_key] = _tiles(frames)
+        if chunk.latents in self._keys:
+            self._tiles[chunk.latents] = _tiles(frames)
 
     def write(
         self, store: Store, done: Sequence[ClipChunk], encoders: Encoders, bar: "Progress"
     ) -> ReconstructionPsnr | None:
         """Write the picture, unless it is there and nothing that it shows has changed.
+
+        With nothing to show, it is removed.
 
         Args:
             store: the cache, written.
@@ -85,18 +89,22 @@ class ContactSheet:
 
         Returns what the autoencoder makes of some of the chunks; None if it cannot be decoded.
         """
-        held = {chunk.entry.latent_key for chunk in done}
-        shown = [chunk for chunk in self._chunks if chunk.entry.latent_key in held]
+        done = _with_latents(done)
+        held = {chunk.latents for chunk in done}
+        shown = [chunk for chunk in self._chunks if chunk.latents in held]
+        if not shown:
+            (store.folder / PREVIEW).unlink(missing_ok=True)
+            return None
         seen: dict[str, Reconstruction] = {}
         if is_remade(encoders):
             chosen = [shown[place] for place in evenly(len(shown), MOST_REMADE)]
             seen = self._remade(chosen, store, encoders, bar)
         psnr = {key: one.psnr for key, one in seen.items()}
-        words = [[_name(one), _words(one, None), one.entry.latent_key] for one in shown]
+        words = [[_name(one), _words(one, None), one.latents] for one in shown]
         form = hash_of([FORM, MOST_ROWS, TILE, words, psnr, len(done)])
         if _drawn(store.folder / PREVIEW) != form:
             self._draw(store.folder / PREVIEW, form, shown, seen, len(done))
-        names = {chunk.entry.latent_key: _name(chunk) for chunk in shown}
+        names = {chunk.latents: _name(chunk) for chunk in shown}
         found = {names[key]: one for key, one in psnr.items()}
         return ReconstructionPsnr(found, is_demo(encoders)) if found else None
 
@@ -104,12 +112,12 @@ class ContactSheet:
         self, chunks: Sequence[ClipChunk], store: Store, encoders: Encoders, bar: "Progress"
     ) -> dict[str, Reconstruction]:
         """Return what the autoencoder makes of `chunks`, by key, as the store remembers it."""
-        keys = [chunk.entry.latent_key for chunk in chunks]
+        keys = [chunk.latents for chunk in chunks]
         found = {key: _known(store.fact(f"remade {key}")) for key in keys}
-        new = [chunk for chunk in chunks if found[chunk.entry.latent_key] is None]
+        new = [chunk for chunk in chunks if found[chunk.latents] is None]
         with encoders.at_work(*(["vae"] if new else [])):
             for chunk in bar.track(new, description="autoencoder") if new else ():
-                key, frames = chunk.entry.latent_key, self._read(chunk)
+                key, frames = chunk.latents, self._read(chunk)
                 if frames is None:
                     continue
                 with suppress(torch.OutOfMemoryError):
@@ -128,7 +136,7 @@ class ContactSheet:
     ) -> None:
         rows = []
         for chunk in chunks:
-            tiles, one = self._tiles.get(chunk.entry.latent_key), seen.get(chunk.entry.latent_key)
+            tiles, one = self._tiles.get(chunk.latents), seen.get(chunk.latents)
             if tiles is None:
                 frames = self._read(chunk)
                 if frames is None:
@@ -143,6 +151,10 @@ class ContactSheet:
         about.add_text(ABOUT, form)
         with replacing(path) as partial:
             picture.save(partial, format="PNG", pnginfo=about)
+
+
+def _with_latents(chunks: Sequence[ClipChunk]) -> list[ClipChunk]:
+    return [chunk for chunk in chunks if chunk.entry.latent_key is not None]
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -41,7 +41,7 @@ from gen_accel.lora.caching.latents import (
     Entry,
 )
 from gen_accel.lora.caching.store import Store, file_key
-from gen_accel.lora.data.clips import CaptionedVideo, nearest_size, open_image
+from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size, open_image
 from gen_accel.lora.data.report import UNUSED_PICTURE, lost_picture, too_short, why_broken
 from gen_accel.lora.data.survey import ahead, refuse_unfilled, scenes_in
 from gen_accel.parsing import shown
@@ -106,6 +106,7 @@ class Encoding:
         short: names of clips with fewer frames than the shortest length.
         left_out: reason of each clip and scene that is not trained on, by its name.
         converted: how frames differ from the stored ones, by the name of the clip.
+        unread: keys of latents that another training of the clips would read, and this does not.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Encoding:
         self.short: list[str] = []
         self.left_out: dict[str, str] = {}
         self.converted: dict[str, str] = {}
+        self.unread: list[str] = []
         self._common = [RECIPE, options.store]
         # A shorter chunk has another last frame.
         self.causal = encoders.family.training.causal_vae and options.condition != LAST_FRAME
@@ -153,9 +155,12 @@ class Encoding:
     def find_chunks(
         self, videos: Sequence[CaptionedVideo], store: Store, bar: "Progress"
     ) -> list[ClipChunk]:
-        """Survey all clips. Returns the chunks to have in the cache, by clip."""
+        """Survey all clips. Returns the chunks to have in the cache, by clip, then the prompts."""
+        prompts = [chunk for video in videos if video.is_prompt for chunk in self._prompts(video)]
+        rules = [self.options.rule_of(video) for video in videos]
+        videos = [video for video in videos if not video.is_prompt]
         chunks: list[ClipChunk] = []
-        count = longest = 0
+        count, longest = 0, max((chunk.frames for chunk in prompts), default=0)
         look = partial(self._survey_one, store, self._read_by_workers(videos, store, bar))
         with closing(ahead(look, videos, self.options.workers)) as surveys:
             for video, found in bar.track(surveys, total=len(videos), description=READING):
@@ -176,10 +181,10 @@ class Encoding:
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
                 chunks += self._chunks_of(video, found, scenes)
-        if not count:
+        chunks += prompts
+        if not count and not prompts:
             reason = next(iter((self.broken or self.left_out).values()))
             raise ValueError(f"no clip could be read: {reason}")
-        rules = [self.options.rule_of(video) for video in videos]
         refuse_unfilled(
             self.options.frames,
             [*{size: None for rule in rules for size in rule.sizes}],
@@ -251,8 +256,7 @@ class Encoding:
     def _chunks_of(
         self, video: CaptionedVideo, found: ClipSurvey, scenes: Sequence[tuple[int, int]]
     ) -> Iterator[ClipChunk]:
-        options, factors = self.options, factors_of(self.encoders.pipe)
-        rule = options.rule_of(video)
+        options, rule = self.options, self.options.rule_of(video)
         size = nearest_size(rule.sizes, found.about["size"])
         lost = lost_picture(found.about["size"], size)
         total, lasts, rate = found.about["total"], found.about["seconds"], options.fps
@@ -277,29 +281,68 @@ class Encoding:
                     )
                     text_keys = [self.text_key(text, *place) for text in texts]
                 if (mask := found.beside.get("mask")) is not None:
+                    factors = factors_of(self.encoders.pipe)
                     mask_key = hash_of([MASK, options.store, mask, factors, *place])
-                entry = Entry(
-                    name=video.name,
-                    caption=texts[0],
-                    frames=(length - 1) // factors[0] + 1,
-                    height=size[0] // factors[1],
-                    width=size[1] // factors[1],
-                    pixel_frames=length,
-                    latent_key=hash_of([self._vae, *place]),
-                    text_key=text_keys[0],
+                latent_key, source = hash_of([self._vae, *place]), ""
+                if options.needs_clips:
+                    source = hash_of([self._vae, *place[:2], *place[3:]])
+                else:
+                    self.unread.append(latent_key)
+                entry = self._entry(
+                    video,
+                    size,
+                    length,
+                    texts,
+                    text_keys,
+                    latent_key=latent_key if options.needs_clips else None,
                     image_key=image_key,
                     teacher_key=self.text_key(video.teacher_caption) if options.teacher else None,
                     frame_key=frame_key,
                     begin=begin or None,
-                    text_keys=tuple(text_keys) if len(text_keys) > 1 else None,
-                    repeats=video.repeats if video.repeats > 1 else None,
                     is_picture=video.is_picture or None,
                     mask_key=mask_key,
                     sound_key=hash_of([self._sound, *place]) if found.has_sound else None,
                 )
-                source = hash_of([self._vae, *place[:2], *place[3:]])
                 seconds = None if video.is_picture or rate is None else length / rate
                 yield ClipChunk(video, size, entry, texts, source, seconds, total, lost)
+
+    def _prompts(self, video: CaptionedVideo) -> Iterator[ClipChunk]:
+        """Make the chunks of a prompt: of its size, each length that the model is shown."""
+        rule = self.options.rule_of(video)
+        [size], texts = rule.sizes, rule.captions.of(video)
+        keys = [self.text_key(text) for text in texts]
+        for length in rule.frames[-1:] if self.causal else rule.frames:
+            entry = self._entry(video, size, length, texts, keys)
+            yield ClipChunk(video, size, entry, texts, "", None, None, 0.0)
+
+    def _entry(
+        self,
+        video: CaptionedVideo,
+        size: Size,
+        length: int,
+        texts: Sequence[str],
+        keys: Sequence[str],
+        **more: Any,
+    ) -> Entry:
+        """Make an entry of a size and length in pixels.
+
+        Args:
+            keys: of the texts.
+            more: further fields.
+        """
+        time, space = factors_of(self.encoders.pipe)
+        return Entry(
+            name=video.name,
+            caption=texts[0],
+            frames=(length - 1) // time + 1,
+            height=size[0] // space,
+            width=size[1] // space,
+            pixel_frames=length,
+            text_key=keys[0],
+            text_keys=tuple(keys) if len(keys) > 1 else None,
+            repeats=video.repeats if video.repeats > 1 else None,
+            **more,
+        )
 
     def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
         """Note a clip, or those of its scenes, that fill no length."""
@@ -358,8 +401,8 @@ class Encoding:
                     if self.options.on_broken == "stop":
                         self.leave_out(one.chunk.video.name, fault)  # which raises
                     failed.append((one.chunk, fault))
-        broken = {chunk.entry.latent_key for chunk, _ in failed}
-        whole = {chunk.video for chunk in chunks if chunk.entry.latent_key not in broken}
+        broken = {chunk.name for chunk, _ in failed}
+        whole = {chunk.video for chunk in chunks if chunk.name not in broken}
         for chunk, error in failed:
             self.leave_out(chunk.name if chunk.video in whole else chunk.video.name, error)
         return new

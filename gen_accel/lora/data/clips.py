@@ -26,6 +26,7 @@ from gen_accel.paths import check_comments, check_input
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 EMPTY = "it holds no frames"
+UNLESS = "unless student_steps is given with starts own or teacher"  # clips are needed
 MOST_PIXELS = 65_536  # of a side
 
 Size = tuple[int, int]  # height and width in pixels
@@ -35,12 +36,12 @@ Scenes = Literal["off", "cut"]
 
 @dataclass(frozen=True, eq=False)
 class CaptionedVideo:
-    """A clip and its caption.
+    """A clip and its caption, or a prompt alone.
 
     Args:
-        name: name of the clip in its data set.
+        name: name of the clip in its data set; of a prompt its text.
         source: a film, a function that returns the bytes of such a file, or the
-            frames, (F, H, W, 3) uint8, already at the wanted rate.
+            frames, (F, H, W, 3) uint8, already at the wanted rate; None of a prompt.
         image: image prompt of this clip; None uses a frame of the clip.
         teacher_caption: caption of the teacher that an image prompt is trained to match; may be
             empty.
@@ -54,7 +55,7 @@ class CaptionedVideo:
 
     name: str
     caption: str
-    source: Path | Callable[[], bytes] | np.ndarray
+    source: Path | Callable[[], bytes] | np.ndarray | None
     image: Path | Callable[[], bytes] | None = None
     teacher_caption: str = ""
     more_captions: tuple[str, ...] = ()
@@ -64,6 +65,11 @@ class CaptionedVideo:
     control: Path | Callable[[], bytes] | None = None
     rule: "ClipRule | None" = None
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether there is a caption alone, without a clip."""
+        return self.source is None
+
     def sha256(self) -> str:
         """Hash the bytes of the file, or the frames and their shape."""
         match self.source:
@@ -72,6 +78,7 @@ class CaptionedVideo:
             case np.ndarray():
                 frames = np.ascontiguousarray(self.source)
                 return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
+        assert self.source is not None
         return hashlib.sha256(self.source()).hexdigest()
 
     @property
@@ -185,6 +192,7 @@ class CaptionedVideo:
                 )
             yield iter(frames)
         elif self.is_picture:
+            assert self.source is not None
             from gen_accel.pipelines.image_prompt.encoder import as_rgb
 
             image = open_image(_bytes_of(self.source), name)
@@ -221,6 +229,7 @@ class CaptionedVideo:
         return str(self.source) if isinstance(self.source, Path) else self.name
 
     def _film(self) -> Path | io.BytesIO:
+        assert self.source is not None
         assert not isinstance(self.source, np.ndarray)
         return self.source if isinstance(self.source, Path) else io.BytesIO(self.source())
 
@@ -231,6 +240,21 @@ def _bytes_of(source: Path | Callable[[], bytes]) -> bytes:
     check_input(source)
     check_comments(source)
     return source.read_bytes()
+
+
+def why_clips(needs_clips: bool, **asked: object) -> str | None:
+    """Say in words what clips are needed for; None where prompts without clips are enough.
+
+    Args:
+        needs_clips: whether clips train.
+        asked: values of options that read more of a clip than its caption, by name.
+    """
+    if needs_clips:
+        return UNLESS
+    for name, value in asked.items():
+        if value and value != "text":
+            return f"for {name}" if value is True else f"for {name} {value}"
+    return None
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:

@@ -1,4 +1,4 @@
-"""Finding of captioned clips: folders, manifests, and data sets of Hugging Face."""
+"""Finding of captioned clips: folders, manifests, files of prompts, data sets of Hugging Face."""
 
 import csv
 import os
@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gen_accel.io import ENCODING, MOST_TEXT, named, not_text, parse_json, read_lines, read_text
-from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, ClipRule, repeated
+from gen_accel.lora.data.clips import (
+    IMAGE_SUFFIXES,
+    UNLESS,
+    CaptionedVideo,
+    ClipRule,
+    repeated,
+)
 from gen_accel.lora.data.sets import Dataset
 from gen_accel.parsing import shown
 from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
+from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -51,6 +58,7 @@ def find_videos(
     teacher: bool = False,
     repeats: Sequence[str] = (),
     rule: ClipRule | None = None,
+    needed: str | None = UNLESS,
 ) -> list[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name, or of several sets in their order.
 
@@ -61,7 +69,8 @@ def find_videos(
 
     - a folder of videos, subfolders too, with `clip.txt` beside `clip.mp4`;
     - a manifest, `.jsonl` or `.csv`, with a column video, file_name or path, relative to the
-      manifest, and a column caption, text or prompt;
+      manifest, and a column caption, text or prompt; without a video, a row is a prompt;
+    - a text file, `.txt`, with a prompt on each line;
     - a folder in the layout of Hugging Face's VideoFolder: `metadata.jsonl` or `metadata.csv`,
       beside the videos or one in each subfolder;
     - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library;
@@ -82,12 +91,14 @@ def find_videos(
             control, or `clip.control.mp4`, or another film of that name, beside `clip.mp4`.
         teacher: whether each clip needs a caption for the teacher.
         repeats: see `repeated`.
-        rule: what data sets take that do not say otherwise; needed for data sets alone.
+        rule: what data sets take that do not say otherwise; needed for data sets alone. With one,
+            a prompt is there once for each of its sizes.
+        needed: why clips are needed, see `why_clips`; None takes prompts without a clip.
 
     Raises:
         FileNotFoundError: nothing at `data`, or videos or images of a manifest are missing.
-        ValueError: no videos, captions that are missing, empty or not UTF-8, or a manifest that
-            cannot be understood. One error names all faults.
+        ValueError: no videos, captions that are missing, empty or not UTF-8, prompts where clips
+            are needed, or a manifest that cannot be understood. One error names all faults.
         ImportError: `datasets` is needed and not installed.
     """
     asked: dict[Beside, bool] = {"image": images, "mask": masks, "control": controls}
@@ -112,16 +123,18 @@ def find_videos(
         except (OSError, ValueError) as error:
             faults.append(error)
     try:
+        refuse_prompts(videos, needed)
         videos = repeated(videos, repeats) if videos else videos
     except ValueError as error:
         faults.append(error)
-    if masks and videos and all(video.mask is None for video in videos):
+    films = [video for video in videos if not video.is_prompt]
+    if masks and films and all(video.mask is None for video in films):
         fault = (
             f"masks is on, and no clip of {data} has one: put clip.mask.mp4 beside clip.mp4, or a "
             "column mask into the manifest"
         )
         faults.append(ValueError(fault))
-    bare = [video.name for video in videos if controls and video.control is None]
+    bare = [video.name for video in films if controls and video.control is None]
     if bare:
         fault = (
             f"{len(bare)} of {len(videos)} videos of {data} have no control film, which condition "
@@ -143,7 +156,25 @@ def find_videos(
         raise ValueError(f"{len(faults)} faults of the clips in {data}: {told}")
     for fault in faults:
         raise fault
-    return videos
+    return [one for video in videos for one in _of_each_size(video, rule)]
+
+
+def refuse_prompts(videos: Sequence[CaptionedVideo], needed: str | None) -> None:
+    """Raise ValueError for prompts without a clip, if clips are needed; see `why_clips`."""
+    bare = [video.name for video in videos if video.is_prompt]
+    if bare and needed is not None:
+        raise ValueError(
+            f"{len(bare)} of {len(videos)} captions have no clip, as {shown(bare[0])}: give each "
+            f"one, in a manifest as the column video; clips are needed {needed}"
+        )
+
+
+def _of_each_size(video: CaptionedVideo, rule: ClipRule | None) -> list[CaptionedVideo]:
+    """Return a clip as it is, and a prompt once for each size."""
+    own = video.rule or rule
+    if own is None or not video.is_prompt:
+        return [video]
+    return [replace(video, rule=replace(own, sizes=(size,))) for size in own.sizes]
 
 
 def _prefixes(sets: Sequence[Dataset]) -> list[str]:
@@ -171,10 +202,14 @@ def _listed(
     """List the videos of a data set, and add what is wrong with them to `faults`."""
     data, before = expanded(data), len(faults)
     found: Iterable[CaptionedVideo]
-    if data.is_file():
+    if data.is_file() and data.suffix.lower() == ".txt":
+        found = [CaptionedVideo(prompt, prompt, None) for prompt in read_prompts(data)]
+    elif data.is_file():
         found = _of_manifest(data, data.parent, beside, faults)
     elif not data.is_dir():
-        raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
+        raise FileNotFoundError(
+            f"data must be a folder, a manifest or a file of prompts, nothing is at {data}"
+        )
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         for what in beside:
             if what != "image":
@@ -332,6 +367,10 @@ def _of_manifest(
     for where, told in rows:
         try:
             row = parse_json(told, where) if isinstance(told, str) else told
+            if _is_prompt(row):
+                video = _of_row(row, where, "", None)
+                yield replace(video, name=video.caption or where)
+                continue
             file_name = _column(row, VIDEO_COLUMNS, where)
             if not file_name:
                 raise ValueError(f"{where} names no video")
@@ -348,7 +387,16 @@ def _of_manifest(
         yield replace(video, is_picture=path.suffix.lower() in IMAGE_SUFFIXES, **beside)
 
 
-def _of_row(row: Row, where: str, name: str, source: Path | Callable[[], bytes]) -> CaptionedVideo:
+def _is_prompt(row: object) -> bool:
+    """Whether a row of a manifest has a caption and no video."""
+    if not isinstance(row, dict) or any(row.get(name) for name in VIDEO_COLUMNS):
+        return False
+    return any(row.get(name) for name in CAPTION_COLUMNS)
+
+
+def _of_row(
+    row: Row, where: str, name: str, source: Path | Callable[[], bytes] | None
+) -> CaptionedVideo:
     """Read the columns of texts and numbers, which manifests and data sets share."""
     first, *more = _captions(row, where)
     teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""

@@ -126,6 +126,7 @@ class Report:
         broken: names of videos that could not be read, with the reason.
         damaged: names of shards that had to be encoded again.
         images: number of images encoded now; None without image prompts.
+        unread: number of clips and prompts of which the caption trains, and no latents.
         left_out: names of clips and scenes that are not trained on, with the reason; also those of
             `short` and `broken`, and files of the folder that are no clips.
         converted: names of clips whose frames differ from the stored ones, and how.
@@ -144,6 +145,7 @@ class Report:
     broken: dict[str, str] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
     images: int | None = None
+    unread: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)
     losses: Sequence[CropLoss] = ()
@@ -181,6 +183,7 @@ class Report:
             f"{self.encoded} clips encoded",
             f"{self.kept} kept",
             f"{self.removed} removed",
+            *([f"{self.unread} by their captions alone"] if self.unread else []),
             f"{self.texts} texts encoded",
             *([] if self.images is None else [f"{self.images} images encoded"]),
             f"{len(self.short)} too short",

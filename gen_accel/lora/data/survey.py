@@ -205,13 +205,17 @@ def check_filled(
     filled, frames = set[Size](), own.frames[-1]
     clips = longest = 0
     for video in islice(videos, FIRST):
+        rule = video.rule or own
+        if video.is_prompt:  # which is as long and as large as asked
+            longest = max(longest, rule.frames[-1])
+            filled.update(rule.sizes)
+            continue
         most = 1 if video.is_picture or longest >= frames else frames
         try:
             count, size = video.survey(frames=most, fps=fps)
         except OSError:  # which is reported with all others
             continue
         clips += 1
-        rule = video.rule or own
         longest = max(longest, min(count, rule.frames[-1]))
         filled.add(nearest_size(rule.sizes, size))
         if longest >= frames and len(filled) == len(sizes):

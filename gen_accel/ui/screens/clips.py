@@ -85,6 +85,8 @@ def find_clips(config: TrainConfig, readable: Callable[[Path], object] = Path) -
 
 def size_of(video: CaptionedVideo) -> str:
     """Write the length and size of a clip, or why it cannot be read."""
+    if video.is_prompt:
+        return "a prompt alone"
     try:
         converted: list[str] = []
         _, (height, width) = video.survey(frames=1, fps=None, tell=converted.append)
@@ -111,6 +113,7 @@ def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
             default_caption=config.default_caption or SILENT,
             masks=config.masks,
             controls=config.condition == "control",
+            needed=config.why_clips,
         )
     except ImportError as error:
         raise ValueError(str(error)) from error
@@ -213,7 +216,9 @@ def save_captions(
 
 
 def thumbnail(video: CaptionedVideo) -> str:
-    """Return the first frame as a data URL; "" for a clip that cannot be read."""
+    """Return the first frame as a data URL; "" for a prompt and a clip that cannot be read."""
+    if video.is_prompt:
+        return ""
     try:
         with video.playing(None) as pictures:
             image = Image.fromarray(next(pictures))

@@ -139,7 +139,8 @@ class ClipTable:
         found = find_clips(config, self.page.places.readable)
         silent = found.silent
         told = [held[self.news]] if held[self.news] else []
-        told += [f"{len(found.videos):,} clips, {len(found.rows):,} captions"]
+        clips = sum(not video.is_prompt for video in found.videos.values())
+        told += [f"{clips:,} clips, {len(found.rows):,} captions"]
         told += [f"{len(silent)} have no caption, as {silent[0]}"] if silent else []
         told += [f"not taken: {named(found.others, MOST_NAMES)}"] if found.others else []
         told += [found.fixed] if found.fixed else []
@@ -393,7 +394,7 @@ def clips_told(config: TrainConfig) -> list[str]:
         return []
     lost, frames = found["lost_picture"], found["frames"]
     told = [f"{found['clips']:,} clips to train on, of {found['videos']:,} videos"]
-    told += [f"{lost:.0%} of the picture is cropped on average"]
+    told += [f"{lost:.0%} of the picture is cropped on average"] if found["lost"] else []
     told += [f"{found['unused_frames']:,} of {frames:,} frames are unused"] if frames else []
     names = [f"left out: {name}, {reason}" for name, reason in found["left_out"].items()]
     names += [f"converted: {name}, {how}" for name, how in found.get("converted", {}).items()]
