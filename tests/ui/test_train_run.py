@@ -117,7 +117,7 @@ def test_what_becomes_of_the_clips(out):
     report.write()
     told = clips_told(config)
     assert told[:3] == [
-        "2 clips to train on, of 14 videos",
+        "2 to train on, of 14 found",
         "25% of the picture is cropped on average",
         "4 of 20 frames are unused",
     ]

@@ -393,7 +393,7 @@ def clips_told(config: TrainConfig) -> list[str]:
     except (OSError, ValueError):  # not there yet
         return []
     lost, frames = found["lost_picture"], found["frames"]
-    told = [f"{found['clips']:,} clips to train on, of {found['videos']:,} videos"]
+    told = [f"{found['clips']:,} to train on, of {found['videos']:,} found"]
     told += [f"{lost:.0%} of the picture is cropped on average"] if found["lost"] else []
     told += [f"{found['unused_frames']:,} of {frames:,} frames are unused"] if frames else []
     names = [f"left out: {name}, {reason}" for name, reason in found["left_out"].items()]
