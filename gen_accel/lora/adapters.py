@@ -1,7 +1,7 @@
 """Adapters that train on a model: a LoRA, or the layers that read an image prompt."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from gen_accel.lora.artefact import (
     load_branches,
     load_into,
     lora_state,
+    teacher_attention,
     write_lora,
 )
 from gen_accel.lora.batches import Adapter, Draw, captioned
@@ -65,14 +66,18 @@ class Lora(Adapter):
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
         self._shares = config.context_parallel > 1
-        self._teacher = None
+        taught_by = None
         check_guidance(config, model.transformer, model.boundary)
         if config.rank:
             add_lora(model.transformer, config, recipe)
             if config.init_lora is not None:
                 load_into(model.transformer, config.init_lora, config)
         if config.teacher_lora is not None:
-            self._teacher = add_teacher(model.transformer, config, model.trained_frames)
+            taught_by = add_teacher(model.transformer, config, model.trained_frames)
+        self._teacher = None if taught_by is None else TEACHER
+        method, schedule = teacher_attention(config, taught_by)
+        device = next(model.transformer.parameters()).device
+        self._attention = method.for_device(device), schedule
         if config.init_lora is not None:
             load_branches(handle.branches, config.init_lora)
         for branch in handle.branches.values():  # after PEFT, which freezes all but its own
@@ -80,17 +85,31 @@ class Lora(Adapter):
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """Run the original model, or the model with `teacher_lora` and its attention."""
-        dense = self._teacher is None or self._teacher.method == "dense"
-        name = None if self._teacher is None else TEACHER
-        with self._dense() if dense else nullcontext(), active(self._transformer, name):
+        """Run the original model, or the model with `teacher_lora`, through the teacher's
+        attention."""
+        with self._attending(), active(self._transformer, self._teacher):
             yield
 
-    def _dense(self) -> AbstractContextManager[None]:
-        """Run the model's own attention, over the tokens of all processes that share a clip."""
-        if not self._shares:
-            return self._handle.paused()
-        return self._handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer))))
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """Run the teacher's attention; a dense one over the tokens of all processes that share a
+        clip."""
+        handle, (method, schedule) = self._handle, self._attention
+        if method.is_dense and not self._shares:
+            with handle.paused():
+                yield
+            return
+        if method.is_dense:
+            with handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer)))):
+                yield
+            return
+        own = handle.method
+        handle.exchange(method)
+        try:
+            with handle.scheduled(schedule):
+                yield
+        finally:
+            handle.exchange(own)
 
     def writer(self, whole: Callable[[Tensor], Tensor]) -> Write:
         state, branches = {}, self._handle.branches

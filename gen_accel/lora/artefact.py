@@ -30,8 +30,10 @@ from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
     scale_of,
 )
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import FILE
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.io import (
     check_finite,
@@ -44,6 +46,7 @@ from gen_accel.io import (
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import PARTS, SECOND
 from gen_accel.lora.publish import CARD, card_for
+from gen_accel.method import Method
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import check_fit, under
@@ -148,22 +151,12 @@ def check_teacher(
             f"teacher_lora {source} is of kind {recipe.lora_kind}, asked for is lora_kind "
             f"{config.lora_kind}: take the same, as they run on the same layers"
         )
-    given = None if config.device == "cpu" else torch.accelerator.current_accelerator(True)
-    device = given or torch.device("cpu")
-    method = method_from(config.method, config.settings).for_device(device)
-    theirs = recipe.build_method(), recipe.build_schedule().dense_layers
-    if recipe.method != "dense" and method.has_parameters:
+    if recipe.levels:
         raise ValueError(
-            f"teacher_lora {source} was trained through {shown(theirs[0])}, and would run with "
-            f"the parameters of method {config.method}, which this training changes: take a "
-            "teacher of method dense"
+            f"teacher_lora {source} was trained at the noise levels of {len(recipe.levels)} steps "
+            "alone, and a teacher is asked at others: take the LoRA that it was taught by"
         )
-    if recipe.method != "dense" and theirs != (method, config.dense_layers):
-        raise ValueError(
-            f"teacher_lora {source} runs through {shown(theirs[0])} with {theirs[1]} dense "
-            f"layers, asked for is {shown(method)} with {config.dense_layers}: take its "
-            "attention, or a teacher of method dense"
-        )
+    teacher_attention(config, recipe)  # refuses what cannot run beside the student
     if trained_frames != recipe.trained_frames:
         raise ValueError(
             f"teacher_lora {source} is for a model of {recipe.trained_frames} frames, "
@@ -177,6 +170,37 @@ def check_teacher(
             f"for {', '.join(map(repr, sorted(rules)))}: write its rule in the stages"
         )
     return recipe
+
+
+def teacher_attention(config: TrainConfig, recipe: Recipe | None) -> tuple[Method, Schedule]:
+    """Return the teacher's method, and which of its layers are dense.
+
+    Args:
+        recipe: of `teacher_lora`; None without.
+
+    Raises ValueError for a method of another attention than the student's, if one of them has
+    parameters.
+    """
+    student = method_from(config.method, config.settings)
+    schedule = Schedule(dense_layers=config.dense_layers)
+    if config.teacher_method is not None:
+        method, origin = method_from(config.teacher_method, config.teacher_settings), "is to run"
+    elif recipe is not None:
+        method, origin = recipe.build_method(), "was trained"
+        schedule = Schedule(dense_layers=recipe.build_schedule().dense_layers)
+    else:
+        return Dense(), schedule
+    if method.defines("step_state"):
+        raise ValueError(
+            f"teacher_method {config.teacher_method} goes on from step to step, which single "
+            "calls of a teacher do not: take a method without such a state"
+        )
+    if not method.is_dense and (student.has_parameters or method.has_parameters):
+        raise ValueError(
+            f"the teacher {origin} through {shown(method)}, and would run with the parameters of "
+            f"method {config.method}, which this training changes: give teacher_method dense"
+        )
+    return method, schedule
 
 
 def _recipe_of(field: str, source: str, config: TrainConfig, transformer: "ModelMixin") -> Recipe:

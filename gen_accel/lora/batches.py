@@ -181,15 +181,16 @@ def levels_of(
 ) -> tuple[float, ...]:
     """Return the only noise levels that are trained, falling; empty if all levels train.
 
-    `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
+    `sampled_steps` and `student_steps` give the levels of pipelines that shift n equal steps from
+    1 down to 1 / n.
 
     Args:
         sigmas: lowest and highest noise level of an expert; above `SIGMAS`, 1 belongs to it.
             ValueError if it has none of the levels.
     """
     levels = tuple(sorted({*config.noise_levels}, reverse=True))
-    if config.sampled_steps is not None:
-        count = config.sampled_steps
+    count = config.student_steps or config.sampled_steps
+    if count is not None and not levels:
         levels = equal_steps(count, shift)
     low = 0.0 if sigmas[0] == SIGMAS[0] else sigmas[0]
     high = 1.0 if sigmas[1] == SIGMAS[1] else sigmas[1]
@@ -387,6 +388,10 @@ class Batches:
             )
             for place, clean in enumerate(latents, first)
         ]
+        if config.student_steps is not None:  # all processes take the same step, by turns
+            levels = levels_of(config, self.model.shift)
+            turn = (step * config.gradient_accumulation + micro) % len(levels)
+            draws = [drawn._replace(sigma=levels[turn]) for drawn in draws]
         return self.of(numbers, latents, draws)
 
     def latents(self, clip: int, frames: int) -> Tensor:

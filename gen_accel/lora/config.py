@@ -653,7 +653,8 @@ class TrainConfig(Config):
     guidance_scale: float | None = option(
         None,
         "Keeping",
-        "Guidance scale of sampled videos; none: 5, or 1 if the LoRA holds the guidance.",
+        "Guidance scale of sampled videos; none: 5, or 1 if the LoRA holds the guidance or learns "
+        "student_steps.",
         kept=False,
     )
 

@@ -386,7 +386,7 @@ def guidance_of(config: TrainConfig) -> float:
     """Guidance scale of the validation videos."""
     if config.guidance_scale is not None:
         return config.guidance_scale
-    return 1.0 if held_guidance(config) > 1 else 5.0
+    return 1.0 if config.student_steps is not None or held_guidance(config) > 1 else 5.0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVE
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.student_steps import StudentSteps
 from gen_accel.pipelines.sampler import own_shift
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ class Objective(nn.Module):
         guidance: guidance scale of the teacher of "distill".
         schedule: config of the pipeline's scheduler; None for the published one.
         loss: error of a prediction; None for the mean squared error.
+        steps: of a student of "distill"; None: it is taught each noise level by itself.
     """
 
     def __init__(
@@ -245,11 +247,12 @@ class Objective(nn.Module):
         guidance: float = 1.0,
         schedule: Mapping[str, object] | None = None,
         loss: Loss | None = None,
+        steps: StudentSteps | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._family, self._kind, self._adapter = family, kind, adapter
-        self._guidance = guidance
+        self._guidance, self._steps = guidance, steps
         self.noising = Noising(family, schedule)
         self._error = Loss() if loss is None else loss
         self._error.check(family)
@@ -267,7 +270,13 @@ class Objective(nn.Module):
         transformer: "ModelMixin",
         adapter: Adapter,
         schedule: Mapping[str, object] | None = None,
+        shift: float = 1.0,
     ) -> "Objective":
+        """Take it from a config.
+
+        Args:
+            shift: of the noise levels that are trained.
+        """
         loss = Loss(config.huber, config.weighting, config.min_snr)
         return cls(
             transformer,
@@ -277,13 +286,15 @@ class Objective(nn.Module):
             guidance=config.teacher_guidance,
             schedule=schedule,
             loss=loss,
+            steps=StudentSteps.of(config, shift),
         )
 
     def forward(self, *fields: Any) -> Tensor:
         """Compute the `Loss` of the prediction, or the `attention_loss`.
 
         With sound it is the sum of both predictions' losses, as in Lightricks' trainer. The target
-        is the family's, see `Noising`, or under "distill" the teacher's prediction.
+        is the family's, see `Noising`, or under "distill" the teacher's prediction, of one noise
+        level or of a step of `StudentSteps`.
 
         Args:
             fields: of a `Batch`, one by one, as wrappers of modules look into tuples at most.
@@ -291,6 +302,8 @@ class Objective(nn.Module):
         batch = Batch(*fields)
         sigma, conditions = batch.sigma, batch.conditions
         taught = conditions if batch.teacher_conditions is None else batch.teacher_conditions
+        if self._steps is not None:
+            return self._loss_of_step(self._steps, batch, taught)
         noisy = self.noising.mix(batch.clean, batch.noise, sigma)
         if self._kind == "distill_attention":
             least = temporal_patch(self.transformer)
@@ -311,13 +324,40 @@ class Objective(nn.Module):
             pred, heard = predict(self.transformer, noisy, sound, sigma, conditions)
             told = self.noising.target(batch.sound, batch.sound_noise, sigma)
             of_sound = self._error(heard.float(), told, weights)
-        counts = self._counts(pred, conditions)
-        if batch.mask is not None:
-            counts = batch.mask.expand_as(pred) if counts is None else counts * batch.mask
-        error = self._error(pred.float(), target.float(), weights, counts)
+        error = self._error(pred.float(), target.float(), weights, self._counts(pred, batch))
         return error if of_sound is None else error + of_sound
 
-    def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
+    def _loss_of_step(
+        self, steps: StudentSteps, batch: Batch, taught: dict[str, Tensor]
+    ) -> Tensor:
+        """Compute the loss of the student's step that begins at the batch's noise level."""
+
+        def student(x: Tensor, sigma: Tensor) -> Tensor:
+            return self._student(x, sigma, batch.conditions, *batch.shown)
+
+        def teacher(x: Tensor, sigma: Tensor) -> Tensor:
+            return self._teacher(x, sigma, taught, batch.uncond_conditions)
+
+        step = steps.nearest(batch.sigma[0].item())
+        sigma = torch.full_like(batch.sigma, steps.levels[step])
+        if steps.starts == "data":
+            x = self.noising.mix(batch.clean, batch.noise, sigma).float()
+        else:
+            x = steps.start(step, batch.noise, student, teacher)
+        target = steps.target(step, x, teacher)
+        pred = student(x, sigma).float()
+        weights = torch.full_like(sigma, steps.weight(step))
+        return self._error(pred, target, weights, self._counts(pred, batch))
+
+    def _counts(self, like: Tensor, batch: Batch) -> Tensor | None:
+        """Return how much each value counts: as the mask says, and 0 for latents that a first
+        frame gives; None if all are 1."""
+        counts = self._not_given(like, batch.conditions)
+        if batch.mask is None:
+            return counts
+        return batch.mask.expand_as(like) if counts is None else counts * batch.mask
+
+    def _not_given(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
         """Return 0 for latents that a first frame gives, 1 for others; None if all are 1."""
         given = FIRST_FRAME in conditions and self._family.given_latents(self.transformer)
         if not given:

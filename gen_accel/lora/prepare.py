@@ -63,6 +63,7 @@ from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.objective import shift_of, text_attentions
 from gen_accel.lora.optimizers import new_optimizer
 from gen_accel.lora.processes import by_main, check_shareable, check_tokens
+from gen_accel.lora.student_steps import check_student_steps
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
@@ -326,6 +327,7 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     if config.init_lora is not None:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, boundary)
+    check_student_steps(config, family_of(transformer), boundary)
     method = method_from(config.method, config.settings)
     lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:

@@ -27,16 +27,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from gen_accel import kernels
+from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.adapters import active
-from gen_accel.lora.artefact import add_lora
+from gen_accel.lora.artefact import add_lora, teacher_attention
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.caching.inputs import FIRST_FRAME, LAST_FRAME
 from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
 from gen_accel.lora.objective import Objective
+from gen_accel.lora.student_steps import StudentSteps
+from gen_accel.measure.cost.estimate import densities_of
 from gen_accel.measure.cost.model import Subject
 from gen_accel.measure.cost.work import Segment, Timeline, Work, are_alike
 from gen_accel.method import Method
@@ -100,22 +103,25 @@ class StepTrace:
         parts: of the whole model, in order; equal blocks are the same object.
         batch: bytes of latents, noise and conditions.
         density: share of the token pairs that a sparse layer computes.
+        shorter: the step of a student before this one, where the mean work lies between both.
     """
 
     parts: tuple[TraceSegment, ...]
     batch: int
     density: float
+    shorter: "StepTrace | None" = None
 
     @property
     def work(self) -> Work:
-        """Work of all parts."""
-        works = [part.segment.work for part in self.parts]
+        """Work of all parts, of the mean step."""
+        steps = [one for one in (self, self.shorter) if one is not None]
+        works = [part.segment.work for one in steps for part in one.parts]
         return Work(
-            products=sum(work.products for work in works),
-            attention=sum(work.attention for work in works),
-            moved=sum(work.moved for work in works),
+            products=sum(work.products for work in works) / len(steps),
+            attention=sum(work.attention for work in works) / len(steps),
+            moved=sum(work.moved for work in works) / len(steps),
             peak=max(work.peak for work in works),
-            sparse=sum(work.sparse for work in works),
+            sparse=sum(work.sparse for work in works) / len(steps),
         )
 
     @property
@@ -189,7 +195,7 @@ class StepTracer:
         self.family = family_for(subject.model, "training")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._timeline = Timeline()
-        self._share = 1.0
+        self.share = 1.0  # of the token pairs that a sparse layer computes in the pass under way
         self._backward = False
         method = method_from(config.method, config.settings)
         sparse = not method.is_dense
@@ -208,7 +214,10 @@ class StepTracer:
         self.handle = attach(self.transformer, stand, schedule=schedule, record=False)
         if config.checkpoints_activations:
             checkpoint_activations(self.transformer, "on", parts=config.checkpoint_parts)
-        self._objective = Objective.of(config, self.transformer, _TracedLora(self))
+        of_teacher = None if config.teacher_lora is None else read_recipe(config.teacher_lora)
+        self._teacher, _ = teacher_attention(config, of_teacher)
+        lora = _TracedLora(self, self._teacher.is_dense)
+        self._objective = Objective.of(config, self.transformer, lora)
         self.transformer.train()
         for name in self._times:
             block = self.transformer.get_submodule(name)
@@ -252,10 +261,23 @@ class StepTracer:
         return self.known.setdefault(grid, _TRACED[key])
 
     def _traced(self, grid: VideoShape, computed: float) -> StepTrace:
+        """Trace a step at a middle noise level, or the one or two middle steps of a student: the
+        steps before them, which differ, are as many as in the mean."""
+        _, self.taught, _ = densities_of(self._teacher, self.subject.seen(grid))
+        steps = StudentSteps.of(self.config, 1.0)
+        if steps is None:
+            return self._traced_at(0.5, grid, computed)
+        low, high = (len(steps) - 1) // 2, len(steps) // 2
+        made = self._traced_at(steps.levels[high], grid, computed)
+        if low == high:
+            return made
+        return replace(made, shorter=self._traced_at(steps.levels[low], grid, computed))
+
+    def _traced_at(self, sigma: float, grid: VideoShape, computed: float) -> StepTrace:
         config = self.config
-        self._share, self._backward, self._timeline = computed, False, Timeline()
+        self.share, self._backward, self._timeline = computed, False, Timeline()
         self._returned: set[str] = set()
-        given = self._batch(grid)
+        given = self._batch(grid, sigma)
         size = sum(x.numel() * x.itemsize for x in _tensors(given))
         is_mixed = config.mixed_precision != "no"
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=is_mixed)
@@ -274,8 +296,8 @@ class StepTracer:
                 parameter.grad = None
         return StepTrace(tuple(self._whole()), size, computed)
 
-    def _batch(self, grid: VideoShape) -> Batch:
-        """A batch: latents and noise without values, the rest with."""
+    def _batch(self, grid: VideoShape, level: float) -> Batch:
+        """A batch at a noise level: latents and noise without values, the rest with."""
         model = self.subject.config
         size = self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
@@ -302,7 +324,7 @@ class StepTracer:
         if self.family.training.takes_fps:
             conditions["fps"] = torch.full((size,), float(self.config.fps or 24))
         uncond = conditions if self.config.teacher_guidance > 1 else None
-        sigma = torch.full((size,), 0.5)
+        sigma = torch.full((size,), level)
         return Batch(clean, noise, sigma, conditions, None, uncond, sound=sound, sound_noise=sound)
 
     def _enter(self, name: str, module: nn.Module, args: object) -> None:
@@ -335,15 +357,27 @@ class StepTracer:
 
 
 class _TracedLora(Adapter):
-    def __init__(self, tracer: StepTracer) -> None:
+    def __init__(self, tracer: StepTracer, is_dense: bool) -> None:
         super().__init__()
-        self._tracer = tracer
+        self._tracer, self._is_dense = tracer, is_dense
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """Be the model as it came: dense, without the LoRA."""
-        with self._tracer.handle.paused(), active(self._tracer.transformer, None):
-            yield
+        """Be the model as it came, without the LoRA, through the teacher's attention."""
+        tracer, handle = self._tracer, self._tracer.handle
+        with active(tracer.transformer, None):
+            if self._is_dense:
+                with handle.paused():
+                    yield
+                return
+            own, share = handle.method, tracer.share
+            handle.exchange(_Stand(tracer))
+            tracer.share = tracer.taught
+            try:
+                yield
+            finally:
+                handle.exchange(own)
+                tracer.share = share
 
 
 class _Stand(Method):
@@ -356,7 +390,7 @@ class _Stand(Method):
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: object
     ) -> Tensor:
         tracer = self._tracer
-        return _Sparse.apply(*kernels.as_autocast(q, k, v), tracer._timeline, tracer._share)
+        return _Sparse.apply(*kernels.as_autocast(q, k, v), tracer._timeline, tracer.share)
 
 
 class _Sparse(torch.autograd.Function):

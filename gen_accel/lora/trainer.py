@@ -222,7 +222,8 @@ class Trainer:
         share(transformer, self.groups, device)
         kind = config.gradient_checkpointing
         checkpoint_activations(transformer, kind, parts=config.checkpoint_parts)
-        self.objective = Objective.of(config, transformer, self.adapter, model.schedule)
+        about = model.schedule, model.shift
+        self.objective = Objective.of(config, transformer, self.adapter, *about)
         cast_training_params([self.objective], dtype=torch.float32)
         cast_base(transformer, config)
         swaps = config.blocks_to_swap > 0
@@ -439,6 +440,7 @@ class Trainer:
             clips=len(self.cache),
             batch=config.batch_size * config.gradient_accumulation * self.groups.count,
             levels=levels_of(config, model.shift),
+            sampler=None if config.student_steps is None else "euler",
         )
 
     def _build_evaluation(self, start: int) -> None:

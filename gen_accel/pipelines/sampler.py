@@ -45,6 +45,11 @@ def shifted(level: float, shift: float) -> float:
     return shift * level / (1 + (shift - 1) * level)
 
 
+def unshifted(level: float, shift: float) -> float:
+    """Return the noise level that `shifted` moves to this one."""
+    return level / (shift - (shift - 1) * level)
+
+
 def equal_steps(steps: int, shift: float) -> tuple[float, ...]:
     """Return the noise levels at which `steps` equal steps begin, shifted, from 1 down."""
     return tuple(shifted(1 - i / steps, shift) for i in range(steps))

@@ -209,10 +209,8 @@ class Attachment(Shared):
                 if bound:
                     processor.taps, processor.finishes = found.taps, found.finishes
                 self._sites.append((site.module, processor))
-        layers = self._layers.values()
-        self._changes = any(layer.changes for layer in layers)
-        self._counts = any(layer.method.changes_by == "number" for layer in layers)
-        numbers = {layer.number for layer in layers}
+        self._note_changes()
+        numbers = {layer.number for layer in self._layers.values()}
         self.schedule.check_layers(numbers)
         check_named(f"layers of {type(method).__name__}", method.named_layers, numbers)
         # Nothing is changed before here, so that a refusal leaves the model as it was.
@@ -347,7 +345,14 @@ class Attachment(Shared):
         if self.states is not None:
             self.states.forget()
         for layer in self._layers.values():
-            layer.method = method.for_layer(layer.number)
+            layer.take(method.for_layer(layer.number))
+        self._note_changes()
+
+    def _note_changes(self) -> None:
+        """Note whether any layer's method changes from step to step."""
+        layers = self._layers.values()
+        self._changes = any(layer.changes for layer in layers)
+        self._counts = any(layer.method.changes_by == "number" for layer in layers)
 
     @property
     def is_attached(self) -> bool:

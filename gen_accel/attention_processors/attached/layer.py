@@ -138,9 +138,14 @@ class Layer:
     text_split: Callable[[], bool] = bool
 
     def __post_init__(self) -> None:
-        self.is_dense, self.changes = self.method.is_dense, bool(self.method.changes_by)
-        self.is_gated = self.method.defines("gate")
         self._heard: tuple[object, bool] = None, False
+        self.take(self.method)
+
+    def take(self, method: Method) -> None:
+        """Run `method` from now on."""
+        self.method = method
+        self.is_dense, self.changes = method.is_dense, bool(method.changes_by)
+        self.is_gated = method.defines("gate")
 
     def attend(self, call: Call) -> Tensor:
         """(B, N, H, D) of one call, by the model's own attention or by the method."""

@@ -54,6 +54,7 @@ class Recipe:
         rank_stabilised: its weight is alpha / sqrt(rank), elsewhere alpha / rank.
         lora_kind: what the change of a weight is made of, see `registry.LoraKind`.
         levels: noise levels that alone were trained, falling; empty: all were.
+        sampler: of `registry.SAMPLERS`, whose steps from these levels it learnt; None: no steps.
     """
 
     base_model: str
@@ -86,6 +87,7 @@ class Recipe:
     rank_stabilised: bool = False
     lora_kind: LoraKind = "lora"
     levels: tuple[float, ...] = ()
+    sampler: str | None = None
 
     @property
     def others(self) -> tuple[str, ...]:

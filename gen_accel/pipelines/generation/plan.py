@@ -466,7 +466,7 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
             "--video CONTROL.mp4"
         )
     changed: dict[str, object] = {}
-    if recipe.holds_guidance and config.guidance_scale is None:
+    if (recipe.holds_guidance or recipe.sampler) and config.guidance_scale is None:
         if config.negative_prompt is not None:
             raise ValueError(
                 f"negative_prompt {shown(config.negative_prompt)} needs guidance, and from_lora "
@@ -484,9 +484,11 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
         raise ValueError(
             f"trained_frames is for a technique, got {config.trained_frames} and none"
         )
-    own = config.sampling is None and config.steps is None
-    if recipe.levels and own and not config.model_copy(update=changed).own_sampler:
-        changed |= {"sampler": "euler", "levels": recipe.levels, "steps": len(recipe.levels)}
+    count = len(recipe.levels)
+    own = config.sampling is None and config.steps in (None, count)
+    if count and own and not config.model_copy(update=changed).own_sampler:
+        sampler = recipe.sampler or "euler"
+        changed |= {"sampler": sampler, "levels": recipe.levels, "steps": count}
     return config.model_copy(update=changed), recipe.build_method()
 
 
