@@ -13,6 +13,7 @@ from support import wan
 from support.objectives import batch, built, say_something
 
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_named
 from gen_accel.lora import TrainConfig, trainer
 from gen_accel.lora.adapters import active
@@ -253,16 +254,18 @@ class TestTraining:
 
 
 class TestTeachersAttention:
+    OWN = ("critical=0.3", "rest=none", "block_q=16", "block_k=16")
+
     @pytest.fixture
     def teacher(self, tmp_path):
-        plain = {"method": "radial", "settings": ("block=4",), "stages": ("9:3",)}
+        plain = {"method": "piecewise", "settings": self.OWN, "stages": ("9:3",)}
         return ft.train(ft.config(tmp_path / "teacher", **plain, seed=4)).folder
 
     @pytest.mark.parametrize(
         "student",
         [
-            {"method": "radial", "settings": ("block=8",)},
-            {"method": "radial", "settings": ("block=4",), "dense_layers": 1},
+            {"method": "piecewise", "settings": ("critical=0.9", *OWN[1:])},
+            {"method": "piecewise", "settings": OWN, "dense_layers": 1},
             {"method": "dense", "settings": ()},
         ],
         ids=["method", "layers", "dense"],
@@ -276,8 +279,8 @@ class TestTeachersAttention:
         model = run.model.transformer.eval()
         alone = wan.transformer()
         alone.load_lora_adapter(load_file(teacher / WEIGHTS), prefix="transformer")
-        attach(alone, from_lora=teacher)
-        with torch.no_grad():
+        handle = attach(alone, from_lora=teacher)
+        with torch.no_grad(), handle.scheduled(Schedule()):  # no dense first steps, as in training
             before = family.predict(model, noise, sigma, conditions)
             with run.adapter.teaching():
                 found = family.predict(model, noise, sigma, conditions)
