@@ -264,7 +264,7 @@ class TestTeachersAttention:
     @pytest.mark.parametrize(
         "student",
         [
-            {"method": "piecewise", "settings": ("critical=0.9", *OWN[1:])},
+            {"method": "piecewise", "settings": ("critical=1", *OWN[1:])},
             {"method": "piecewise", "settings": OWN, "dense_layers": 1},
             {"method": "dense", "settings": ()},
         ],
