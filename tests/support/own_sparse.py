@@ -83,7 +83,7 @@ def far(height: int = 8, width: int = 16) -> Case:
         freq_dim=8,
         ffn_dim=16,
         num_layers=2,
-        rope_max_seq_len=32,
+        rope_max_seq_len=max(32, height, width),
         chunk_partition=(1, 2, 2),
     )
     model, times = steep(model), torch.full((2, 5), 700.0)
