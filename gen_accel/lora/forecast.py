@@ -538,7 +538,7 @@ class _Costs:
 
     def _caching(self, size: Size) -> int | None:
         """Bytes while captions or clips are encoded, before the transformer comes."""
-        made = self._autoencoder(size, "encode")
+        made = self._autoencoder(size, "encode") if self.config.needs_clips else 0
         texts = sum(part.size for part in self.parts if part.is_encoder)
         return None if made is None else max(made, texts)
 

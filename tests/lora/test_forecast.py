@@ -97,6 +97,26 @@ def test_memory_of_another_length_lies_on_the_line():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("starts", "before"),
+    [("own", 1.5), ("teacher", 9.0), ("data", 0.0)],
+    ids=["own", "teacher", "data"],
+)
+def test_a_step_of_a_student_has_as_many_calls_as_it_takes(starts, before):
+    subject = subject_of(SMALL | {"num_layers": 2})
+    grid = subject.grid(64, 96, 17)
+    plain = {"rank": 4, "method": "dense", "objective": "distill", "mixed_precision": "no"}
+    student = {"student_steps": 4, "teacher_steps": 12, "teacher_guidance": 3.0, "starts": starts}
+
+    def work(**fields: Any) -> float:
+        return StepTracer(subject, TrainConfig(**plain, **fields)).trace(grid, 1.0).work.attention
+
+    one, two = work(), work(teacher_guidance=3.0)
+    call = two - one  # of the teacher, without gradients
+    assert work(**student) == pytest.approx(one + (6 + before - 1) * call)
+
+
+@pytest.mark.slow
 def test_14b_at_161_frames_on_one_24_gb_card():
     config = TrainConfig(
         model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
