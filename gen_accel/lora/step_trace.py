@@ -46,7 +46,7 @@ from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.video import VideoShape
 
-FORWARD, BACK = "forward", "backward"
+FORWARD, BACK, CALL = "forward", "backward", "call"
 STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
 # Fields of a config that change neither memory nor work of a step, but for `recomputed`.
 UNTRACED = (*FREE_TO_CHANGE, "model", "stages", "base", "optimizer", "ema_decay")
@@ -85,8 +85,8 @@ class TraceSegment(NamedTuple):
     """A part of a step.
 
     Args:
-        kind: forward or backward of a block; head: after all blocks, backward; outside: everything
-            else outside of the blocks, forward.
+        kind: forward or backward of a block; call: of a block without gradients; head: after all
+            blocks, backward; outside: everything else outside of the blocks, forward.
         grads: bytes of gradients that it leaves on the parameters.
     """
 
@@ -145,7 +145,7 @@ class StepTrace:
         stack: list[int] = []
         for segment, kind, left in self.parts:
             rise, net = segment.work.peak - segment.before, segment.after - segment.before
-            is_block = kind in (FORWARD, BACK)
+            is_block = kind in (FORWARD, BACK, CALL)
             there = min(kept, max(stack, default=0)) if offload else kept
             beside = outside if is_block else outside + rise
             waiting = (kept - there) * offload
@@ -329,7 +329,8 @@ class StepTracer:
 
     def _enter(self, name: str, module: nn.Module, args: object) -> None:
         if not self._backward:
-            self._timeline.begin(f"{FORWARD} {name}")
+            kind = FORWARD if torch.is_grad_enabled() else CALL
+            self._timeline.begin(f"{kind} {name}")
 
     def _leave(self, name: str, module: nn.Module, args: object, out: object) -> None:
         if self._backward:
@@ -351,7 +352,7 @@ class StepTracer:
         for segment in segments:
             what, _, name = segment.name.partition(" ")
             parts = [TraceSegment(segment, what, self.trainable(name) if what == BACK else 0)]
-            if what == FORWARD:
+            if what in (FORWARD, CALL):
                 parts.append(TraceSegment(next(segments), "outside"))
             yield from parts * self._times.get(name, 1)
 

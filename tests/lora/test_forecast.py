@@ -1,7 +1,7 @@
 """The plan of a training, against a training; and what it says of published models."""
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -109,7 +109,9 @@ def test_a_step_of_a_student_has_as_many_calls_as_it_takes(starts, before):
     student = {"student_steps": 4, "teacher_steps": 12, "teacher_guidance": 3.0, "starts": starts}
 
     def work(**fields: Any) -> float:
-        return StepTracer(subject, TrainConfig(**plain, **fields)).trace(grid, 1.0).work.attention
+        trace = StepTracer(subject, TrainConfig(**plain, **fields)).trace(grid, 1.0)
+        assert all(min(astuple(one)) >= 0 for one in trace.moments(offload=False))
+        return trace.work.attention
 
     one, two = work(), work(teacher_guidance=3.0)
     call = two - one  # of the teacher, without gradients
