@@ -36,3 +36,12 @@ def test_classes_that_this_diffusers_lacks_are_named(run, monkeypatch):
 @pytest.mark.parametrize("model", [m for m in inventory.models() if m.here and not m.refused])
 def test_classes_are_found_where_diffusers_keeps_them(model):
     assert hasattr(diffusers, model.name) or hasattr(diffusers.models, model.name)
+
+
+def test_every_option_of_a_method_is_said_in_a_sentence():
+    """The page shows it beside the control."""
+    known = {one.name: one.fields for one in inventory.methods()}
+    silent = [
+        f"{n}.{x}" for n, fields in known.items() for x, one in fields.items() if not one.meaning
+    ]
+    assert silent == []

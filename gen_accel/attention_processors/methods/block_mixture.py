@@ -70,11 +70,15 @@ class BlockMixture(Method):
 
     Args:
         partition: "cycle", or one for all layers.
-        chunk_1d: frames of a chunk in tokens; chunk_2d: rows and columns; chunk_3d: frames, rows
-            and columns. Without one, it is chosen for a number of chunks.
-        chunks: that number for 1d, 2d and 3d. The paper's for 93 frames of 576 x 1024.
-        select, scope: see above. The defaults are the paper's for trained models. For others it
-            uses select="topk" and scope="query_head".
+        chunk_1d: frames of a chunk in tokens. Without one, it is chosen for a number of chunks, as
+            are the other two.
+        chunk_2d: rows and columns of a chunk in tokens.
+        chunk_3d: frames, rows and columns of a chunk in tokens.
+        chunks: number of chunks for 1d, 2d and 3d. The paper's for 93 frames of 576 x 1024.
+        select: how chunks are taken, by their share of the scores ("threshold") or by their number
+            ("topk"); see above. The paper's for trained models. For others it uses "topk".
+        scope: what the scores of a chunk are compared with; see above. The paper's for trained
+            models. For others it uses "query_head".
         threshold: share of a scope's sum, in (0, 1].
         topk: chunks for 1d, 2d and 3d; more than there are means all.
         routing: whether each "token" picks, or a whole query "block" by its mean query, which is

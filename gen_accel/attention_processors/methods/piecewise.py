@@ -95,12 +95,16 @@ class Piecewise(BlockSelection):
         mass: share of a mean query's attention that budget="mass" keeps, in (0, 1].
         alike: blocks whose tokens have a mean cosine of at most this are exact for all, as no mean
             represents them. The mean key is subtracted first. None: no blocks are.
-        select, score: see above. "auto" is "pooled" on the CPU, where it comes with the rest, if
-            each query block keeps as many and the rest is around queries. Elsewhere it is "loss".
+        select: how the exact blocks are found, by their number ("topk") or by a bound of the
+            score ("threshold"); see above.
+        score: how much a block is taken to matter to a query block; see above. "auto" is "pooled"
+            on the CPU, where it comes with the rest, if each query block keeps as many and the
+            rest is around queries. Elsewhere it is "loss".
         tau: standard deviations above the mean; finite. About 0.2 of the blocks lie above 1.
         tau_end: tau of the last sparse step; tau changes towards it in equal steps. None: no
             change.
-        threshold: see above.
+        threshold: how sigma is found, from the scores themselves ("exact") or from the channels
+            of the keys ("diag"); see above.
         band: key blocks within this distance of the query block, in the order of slots, are exact:
             0 for its own alone, 1 for the neighbours too. None: scores decide.
         sink: the first frames, or (first token, tokens), whose keys are exact for all queries.

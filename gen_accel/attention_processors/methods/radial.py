@@ -52,7 +52,8 @@ class Radial(Method):
         "code-2025-11": the public code since: the whole frame at distance 1.
 
     Args:
-        rule: see above.
+        rule: how the pattern is laid out, ours ("balanced"), the paper's or a public code's; see
+            above.
         decay_factor: scales the width, in the balanced rule the share, of all bands from b = 1
             (in the code rules from d = 2).
         sink: keep the keys of the first frame for every query. The public code does so for Wan,

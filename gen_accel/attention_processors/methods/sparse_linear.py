@@ -58,7 +58,7 @@ class SparseLinear(BlockSelection):
     Args:
         critical: share of the key blocks that are exact, in (0, 1].
         skipped: share that "marginal" leaves out of both, in [0, 1).
-        linear_over: see above.
+        linear_over: key blocks that the linear branch sees; see above.
         feature_map: f, over the head dim: "softmax", "elu" (plus 1) or "relu".
         combine: "project", a linear layer shared by the heads of a layer, or "alpha".
         block_q, block_k: tokens in a query and in a key block.
