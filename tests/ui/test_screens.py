@@ -45,6 +45,7 @@ def visit(web_page, browser):
 
     def opened():
         contexts.append(browser.new_context(viewport={"width": 1280, "height": 900}))
+        contexts[-1].set_default_timeout(1000 * SECONDS)
         tab = contexts[-1].new_page()
         tab.goto(web_page.url)
         tab.wait_for_selector("#screens button[role=tab]")
