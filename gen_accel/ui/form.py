@@ -4,8 +4,8 @@ A screen says which fields come first; all others fall under their groups by the
 """
 
 import re
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import NoneType
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ LABELS = {
     "lora": "LoRAs",
     **{"preview": "Steps between previews", "timed": "Time the attention"},
 }
+NAMES = {"num_frames": "Frames"}  # of fields, as a pipeline refuses them
 TYPES = {"int": "a whole number", "float": "a number"}
 WITHOUT = "none"  # choice of no value
 Shape = Literal["files", "image", "video", "words", "lines", "word", "switch", "number", "text"]
@@ -50,7 +51,7 @@ class Form:
         labels: Mapping[str, str] | None = None,
     ) -> None:
         self.fields, self.prefix, self.start = config.options(), prefix, {**(start or {})}
-        self.labels = {name: label_of(name) for name in self.fields} | {**(labels or {})}
+        self.labels = NAMES | {name: label_of(name) for name in self.fields} | {**(labels or {})}
         self.parts: dict[str, Any] = {}  # gradio makes the events of components as it starts
 
     def add(self, name: str, **changed: object) -> Any:
@@ -108,6 +109,14 @@ class Form:
             part: to_part(self.fields[name], values.get(name, self._default(name)))
             for name, part in self.parts.items()
         }
+
+    @contextmanager
+    def refused_in_words(self) -> Iterator[None]:
+        """Let what the library refuses inside be said in the words of the form."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise type(error)(self.worded(str(error))) from error
 
     def worded(self, sentence: str) -> str:
         """Write a sentence of the library with the labels of controls in place of names, flags and

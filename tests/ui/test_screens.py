@@ -272,7 +272,7 @@ def test_a_run_is_estimated_over_its_length(browser_page):
     tab.click("#meas-estimate")
     tab.wait_for_selector("#meas-estimate-error .ga-error")
     said = tab.locator("#meas-estimate-error").inner_text()
-    assert said == "num_frames must be 1 more than a multiple of 4, got 80; nearest: 77 or 81"
+    assert said == "Frames must be 1 more than a multiple of 4, got 80; nearest: 77 or 81"
 
 
 def test_a_preset_and_its_frontier_are_shown(browser_page):

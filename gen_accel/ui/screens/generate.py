@@ -83,7 +83,6 @@ ELSEWHERE = (
 )
 # Fields of a clip whose default is the model's own, as a plan calls them.
 PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}
-NAMES = {"num_frames": "Frames"}  # of fields, as a pipeline refuses them
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview")  # of no matter for the cost
 BY_RULE = "is a rule for this model"  # warning of a preset that nobody tuned
 FIRST_SHOWN = "gen"  # prefix of the screen that a page opens with
@@ -113,7 +112,7 @@ class RunForm(Form):
         frames: Options | None = None,
     ) -> None:
         self.page, self.compares, chosen = page, compares, page.models[0]
-        super().__init__(GenerateConfig, prefix, {**OWN_START, **start}, NAMES)
+        super().__init__(GenerateConfig, prefix, {**OWN_START, **start})
         self.model = gr.Dropdown(
             [*page.models],
             value=chosen,
@@ -201,14 +200,12 @@ class RunForm(Form):
         Raises ValueError or OSError for what the library refuses, in the words of the form.
         """
         kept = {name: one for name, one in options.items() if name not in NOT_PLANNED}
-        try:
+        with self.refused_in_words():
             GenerateConfig.read(options)
             asked = {**kept, **files, "plan": True}
             [found] = self.page.questions.known("generate", asked)
             if found.get("fetch_bytes"):  # which a job may have fetched since
                 [found] = self.page.questions.ask("generate", asked)
-        except (ValueError, OSError) as error:
-            raise type(error)(self.worded(str(error))) from error
         return found
 
     def submit(

@@ -169,7 +169,8 @@ def _costs(page: Page) -> None:
 
     def estimate(held: Held) -> Held:
         options = attention.applied(form.given(held), held)
-        text, found = page.questions.both("estimate", {**options, "curve": True})
+        with form.refused_in_words():
+            text, found = page.questions.both("estimate", {**options, "curve": True})
         shown = charted(
             {name: [x[key] for x in found["curve"]] for name, key in BY_FRAMES.items()}
         )
@@ -211,7 +212,8 @@ def _presets(page: Page) -> None:
                 options.pop(name, None)
         with TemporaryDirectory(dir=page.places.folder) as folder:
             options["out"] = str(Path(folder) / "shown.png")
-            text, found = page.questions.both("show", options)
+            with form.refused_in_words():
+                text, found = page.questions.both("show", options)
             pixels = np.asarray(Image.open(options["out"]).convert("RGB"))
         rows = curve_rows(found[0]) if isinstance(found, list) else []
         return {

@@ -210,10 +210,8 @@ class TrainForm(Form):
         return self._of_fields(held)
 
     def _of_fields(self, held: Held) -> TrainConfig:
-        try:
+        with self.refused_in_words():
             return self.config(self.entered(held))
-        except ValueError as error:
-            raise ValueError(self.worded(str(error))) from error
 
     def config(self, values: Options) -> TrainConfig:
         """Make a config of values, which must name no code and no model from elsewhere.
