@@ -113,6 +113,10 @@ def test_a_comparison_is_looked_at(comparison, compared, width):
     assert rows(tab, "#cmp-figures") == shown
     across, window = tab.evaluate(NARROW)
     assert across <= window
+    tab.locator("#cmp-chart").scroll_into_view_if_needed()
+    curve = tab.locator("#cmp-chart .mark-line path").first
+    curve.wait_for()
+    assert curve.bounding_box()["width"] > width / 3
     if width == min(WIDTHS):
         return
     assert tab.locator("#cmp-slider img").count() >= 2
