@@ -1,7 +1,7 @@
 """Places of the video's tokens in models of ComfyUI's, by the model's class.
 
-Written for ComfyUI 0.19.3 (comfy/ldm). A model whose class is not here stays dense: the order of
-its tokens is not known.
+Written for ComfyUI 0.19.3 (comfy/ldm), and for MiniMax-H3 as of its commit 003617c. A model whose
+class is not here stays dense: the order of its tokens is not known.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from gen_accel import VideoShape
 
 Grid = tuple[int, int, int]  # frames, rows and columns
 Options = Mapping[str, Any]  # a model's `transformer_options` in an attention call
+TEXT = "gen_accel_text"  # of the options: number of the tokens of text that a pass is given
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,15 @@ def _last(grid: Grid, tokens: int, options: Options) -> Place | None:
     return Place(VideoShape(*grid, text=beside), front)
 
 
+def _end(grid: Grid, tokens: int, options: Options) -> Place | None:
+    """Find the grid behind text, key frames, references and sound. Before the blocks, there is
+    attention over the text alone."""
+    beside = tokens - prod(grid)
+    if beside < 0 or tokens == options.get(TEXT):
+        return None
+    return Place(VideoShape(*grid, text=beside), beside)
+
+
 def _wan(with_reference: bool) -> Callable[[Grid, int, Options], Place | None]:
     """Find the grid that the model says, with reference frames behind the latents. `ref_conv` puts
     one more frame before it, which is the first one of its rotary positions too."""
@@ -132,6 +142,7 @@ _LAYOUTS: dict[str, Callable[[Any], Layout]] = {
     "HunyuanVideo": lambda m: Layout(_image_patch(m), _last),
     "Flux": lambda m: Layout(_image_patch(m), _last),
     "QwenImageTransformer2DModel": lambda m: Layout(_image_patch(m), _last),
+    "MiniMaxH3Model": lambda m: Layout(_image_patch(m), _end, numbers_blocks=False),
     "AsymmDiTJoint": lambda m: Layout(_image_patch(m), _first, numbers_blocks=False),
     "LTXBaseModel": lambda m: Layout((1, 1, 1), _alone, m.inner_dim, numbers_blocks=False),
     "MiniTrainDIT": lambda m: Layout(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gen_accel import VideoShape
 from gen_accel.attention_processors.methods.dense import Full
 
-from .layouts import Grid, Layout, Place, class_name, layout_of
+from .layouts import TEXT, Grid, Layout, Place, class_name, layout_of
 from .moments import (
     NEVER,
     Memories,
@@ -168,6 +168,7 @@ class SparseAttention:
             OVERRIDE: lambda *args, **kwargs: self.attend(*args, **kwargs),
             DEPTH: now.depth + 1,
             EXTENSIONS: (*options.get(EXTENSIONS, ()), *self.more.extensions),
+            TEXT: None if c_crossattn is None else c_crossattn.shape[1],
         }
         kept = {name: options[name] for name in live if name in options}
         options |= live

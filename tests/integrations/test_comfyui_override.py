@@ -234,6 +234,36 @@ class LTXAVModel(LTXBaseModel):
         return super().forward(x, timestep, context, control, transformer_options)
 
 
+class MiniMaxH3Model(WanModel):
+    """Text, key frames, references and sound before the video, and no number of the block. Text is
+    refined by attention of its own before."""
+
+    numbers_blocks = False
+
+    def forward(self, x, timestep, context, control=None, transformer_options=None):
+        options = {"transformer_options": transformer_options}
+        optimized_attention(context, context, context, HEADS, **options)
+        return super().forward(x, timestep, context[:, :1], control, transformer_options)
+
+
+@pytest.mark.parametrize("text", [6, 400], ids=["a short text", "a text longer than the video"])
+def test_all_before_a_packed_video_is_kept(put_on, caplog, text):
+    x, front = latents(), text + 30
+    patched = put_on(Patcher(MiniMaxH3Model(front=front)), dense_blocks=frozenset({1}))
+    packed = torch.cat([x.flatten(), torch.ones(9)]).view(1, 1, -1)
+    context = torch.ones(1, text, WIDTH)
+    given = {"context": context, "latent_shapes": [list(x.shape), [1, 1, 9]]}
+    found = patched.forward(packed, **given)
+    order = [*range(front, front + 320), *range(front)]
+    video = VideoShape(5, 8, 8, text=front)
+    exact = reordered(MiniMaxH3Model(front=front), video, order, sparse_blocks={0, 2})
+    right = Patcher(exact).forward(packed, **given)
+    assert torch.allclose(found, right, atol=1e-5)
+    lines = told(patched, caplog)
+    assert "2 attention calls sparse" in " ".join(lines)
+    assert "1 attention calls dense: dense_blocks" in lines
+
+
 @pytest.mark.parametrize("kind", [LTXBaseModel, LTXAVModel])
 def test_blocks_without_a_number_are_counted(put_on, caplog, kind):
     x = latents()[..., :8, :8]
