@@ -133,7 +133,7 @@ def too_small(tokens: int, steps: int) -> str:
         dense = ",".join(map(str, second_quarter(steps)))
         return (
             f"in fewer than {LEAST_STEPS} steps, {steps} here, keep the second quarter of them "
-            f"dense, --dense-at {dense}, and at least {LEAST_DENSITY:g} of the blocks"
+            f"dense, by number {dense} from 0, and at least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
 
