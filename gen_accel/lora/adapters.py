@@ -103,13 +103,8 @@ class Lora(Adapter):
             with handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer)))):
                 yield
             return
-        own = handle.method
-        handle.exchange(method)
-        try:
-            with handle.scheduled(schedule):
-                yield
-        finally:
-            handle.exchange(own)
+        with handle.running(method, schedule):
+            yield
 
     def writer(self, whole: Callable[[Tensor], Tensor]) -> Write:
         state, branches = {}, self._handle.branches

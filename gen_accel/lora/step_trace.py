@@ -371,13 +371,11 @@ class _TracedLora(Adapter):
                 with handle.paused():
                     yield
                 return
-            own, share = handle.method, tracer.share
-            handle.exchange(_Stand(tracer))
-            tracer.share = tracer.taught
+            share, tracer.share = tracer.share, tracer.taught
             try:
-                yield
+                with handle.running(_Stand(tracer), handle.schedule):
+                    yield
             finally:
-                handle.exchange(own)
                 tracer.share = share
 
 

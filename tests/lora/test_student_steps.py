@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from support import finetuning as ft
 from support import wan
 from support.objectives import batch, built, say_something
 
+from gen_accel import Piecewise
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_named
@@ -215,6 +216,21 @@ class TestTraining:
         ft.train(given)
         levels = equal_steps(3, 3.0)
         assert seen == [pytest.approx([levels[i % 3]] * 2) for i in range(8)]
+
+    @pytest.mark.parametrize("teacher", ["dense", "radial"])
+    def test_a_density_of_each_step_is_trained_in_its_step(self, tmp_path, monkeypatch, teacher):
+        seen, at = [], Piecewise.at
+
+        def look(self, step):
+            seen.append(step.number)
+            return at(self, step)
+
+        monkeypatch.setattr(Piecewise, "at", look)
+        densities = ("critical=0.9,0.6,0.4", "rest=none", "block_q=16", "block_k=16")
+        own = {"method": "piecewise", "settings": densities, "teacher_method": teacher}
+        given = ft.config(tmp_path, **fields(student_steps=3, stages=("9:3",), **own))
+        ft.train(given)
+        assert [number for number, _ in groupby(seen)] == [0, 1, 0, 1, 2]
 
     @pytest.mark.slow
     def test_resume_is_the_same_to_the_bit(self, tmp_path):

@@ -404,6 +404,19 @@ class Attachment(Shared):
             self.passing.set_dense(None)
 
     @contextmanager
+    def running(self, method: Method, schedule: Schedule) -> Iterator[None]:
+        """Run another method and schedule inside, see `exchange`; its steps are counted apart."""
+        own, passing = self.method, self.passing
+        self.exchange(method)
+        self.passing = ForwardPass(Clock(self.clock.scheduler), passing.masks_alike)
+        try:
+            with self.scheduled(schedule):
+                yield
+        finally:
+            self.passing = passing
+            self.exchange(own)
+
+    @contextmanager
     def gathering(self) -> Iterator[None]:
         """Count all that runs inside as one generation in `summary()`, however often the scheduler
         restarts."""

@@ -247,7 +247,7 @@ class ForwardPass:
         self.steps: dict[int, str | None] = {}
         self.passes: dict[int, int] = {}
         self.seen_passes = self.paused = 0
-        self._masks_alike = masks_alike
+        self.masks_alike = masks_alike
         self._read: tuple[ref, tuple, Seen | None] | None = None
 
     def begin(self, read: Reader, transformer: nn.Module, given: Given) -> None:
@@ -349,7 +349,7 @@ class ForwardPass:
         if self.clock.texts is not None:
             return tuple(range(n) for n in self.clock.texts)
         key, read = (tokens, mask.shape, mask.dtype), self._read
-        if read is None or read[1] != key or not (self._masks_alike or read[0]() is mask):
+        if read is None or read[1] != key or not (self.masks_alike or read[0]() is mask):
             read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
             self._read = read
         seen = read[2]
