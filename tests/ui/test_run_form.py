@@ -114,13 +114,6 @@ def test_what_the_plan_refuses_is_not_queued_and_said_in_the_words_of_the_form(m
     assert form.worded("leave --method and --set out") == "leave Method and Options out"
 
 
-def test_a_prompt_that_the_demo_does_not_know_is_not_queued(made):
-    form, page = made("demo")
-    with pytest.raises(ValueError, match="the demo model does not know 'an' and 'elephant'"):
-        form.submit(entered(form, page, prompt="an elephant"), "generate")
-    assert page.queued == []
-
-
 def test_the_first_model_is_chosen_and_the_embedded_one_is_last(tmp_path):
     from gen_accel.ui.app import Server
 

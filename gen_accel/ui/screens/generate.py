@@ -11,7 +11,6 @@ from gradio.context import Context
 
 from gen_accel.attention_processors.families.pipelines import choose_in
 from gen_accel.demo import NAME
-from gen_accel.demo.words import check_known
 from gen_accel.hub import index_in
 from gen_accel.io import read_fields
 from gen_accel.paths import expanded
@@ -224,9 +223,8 @@ class RunForm(Form):
             about: is kept with the job.
             more: further options.
 
-        Raises ValueError or OSError for what `planned` refuses, so that no job fails by it, for
-        a prompt that the demo model does not know, and for no prompt and a number of clips that
-        one press does not make.
+        Raises ValueError or OSError for what `planned` refuses, so that no job fails by it, and
+        for no prompt and a number of clips that one press does not make.
         """
         options, files = self.asked(held)
         if "prompt" not in options:
@@ -234,8 +232,6 @@ class RunForm(Form):
         count = 1 if held[self.count] is None else held[self.count]
         if count not in range(1, MOST_CLIPS + 1):
             raise ValueError(f"Clips must be a whole number from 1 to {MOST_CLIPS}, got {count:g}")
-        if options["model"] == NAME:
-            check_known(*options["prompt"])
         self.planned(options, files)
         options |= {"out": "{job}/video.mp4", **more}
         seed = randrange(SEEDS) if held[self.random] else options.get("seed", 0)
