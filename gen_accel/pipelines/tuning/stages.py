@@ -309,8 +309,8 @@ class _Tuning:
         points = solving.curve(profile, self.solved_for)
         if len(points) == 1:
             raise ValueError(
-                "no candidate takes less time than dense attention here, as with few tokens: give "
-                "cost='density', or a larger video"
+                "no candidate takes less time than dense attention here, as with few tokens: take "
+                "density as the cost, or a larger video"
             )
         self.tick("solve", 1, 1)
         point, runs, verified = self._verify(profile, points)
