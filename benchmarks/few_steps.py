@@ -76,13 +76,20 @@ class Setting(NamedTuple):
 def settings(steps: int) -> dict[str, Setting]:
     """Settings by name, "dense" first, with which all are compared."""
     found, quarter = {"dense": Setting(Dense())}, steps // 4
-    first, second = (Schedule(dense=(*range(i * quarter, (i + 1) * quarter),)) for i in range(2))
+    starts = {"first": 0, "second": quarter}
+    schedules = {f"{name} quarter": range(n, n + quarter) for name, n in starts.items()}
+    schedules |= {"a quarter, from the second step": range(1, 1 + quarter)}
+    if quarter == 1:  # which is the second quarter then
+        schedules.pop("second quarter")
+    dense = {name: Schedule(dense=(*each,)) for name, each in schedules.items()}
+    first = dense["first quarter"]
     for mean in (0.2, 0.1):
         plain = f"Piecewise({mean:g})"
         found |= {
             plain: Setting(Piecewise(mean)),
-            f"{plain}, first quarter dense": Setting(Piecewise(mean), first),
-            f"{plain}, second quarter dense": Setting(Piecewise(mean), second),
+            **{
+                f"{plain}, dense: {name}": Setting(Piecewise(mean), s) for name, s in dense.items()
+            },
         }
         for shape, shares in SHAPES.items():
             densities = ramp(mean, steps, shares)
@@ -95,9 +102,9 @@ def settings(steps: int) -> dict[str, Setting]:
     }
     found |= {name: Setting(method) for name, method in others.items()}
     found |= {
-        "Radial, first quarter dense": Setting(Radial(), first),
-        "Reuse(Radial), first quarter dense": Setting(Reuse(Radial()), first),
-        "Reuse(Piecewise(0.2)), first quarter dense": Setting(Reuse(Piecewise(0.2)), first),
+        "Radial, dense: first quarter": Setting(Radial(), first),
+        "Reuse(Radial), dense: first quarter": Setting(Reuse(Radial()), first),
+        "Reuse(Piecewise(0.2)), dense: first quarter": Setting(Reuse(Piecewise(0.2)), first),
     }
     return found | {f"dense, --cache {name}": Setting(Dense(), cache=name) for name in CACHES}
 

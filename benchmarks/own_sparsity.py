@@ -6,7 +6,8 @@
 
 The classes are those of diffusers, with two blocks and random weights. The output of each, and its
 gradients, are first held at a few tokens to FlexAttention by the lists of its masks, which is what
-it is compiled. What fails is not timed.
+it is compiled: beside attention in fp64, the largest error may be twice that of the lists in fp32.
+What fails is not timed.
 
 Then each way runs in a process whose memory is limited, so that what does not fit says what it
 asks for. Compiled FlexAttention and ours take turns in one process. Seconds are of the processor,
@@ -43,8 +44,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the models are those that the tests r
 
 from support import own_sparse  # noqa: E402
 
-PARITY = 2e-4  # of the largest number; both are fp32
-BY_LISTS = flex, "flex_attention", own_sparse.by_lists
+LEAST = 1e-6  # error that is always allowed, of the largest number
 SIZES, DIRECTIONS = ("fits", "large"), ("forward", "both")
 BEFORE, COMPILED, OURS = WAYS = ("uncompiled", "compiled", "ours")
 
@@ -66,7 +66,7 @@ SUBJECTS = {
     "AnyFlow, causal": Subject("far", ((32, 32), (64, 128))),
     "Kandinsky 5, NABLA": Subject("nabla_5", ((8, 16), (12, 32))),
     "Kandinsky 6 SR": Subject("nabla_6", ((4, 32, 64), (12, 64, 96))),
-    "Qwen-Image 2.1": Subject("qwen", ((64, 64), (256, 256))),
+    "Qwen-Image 2.1": Subject("qwen", ((64, 64), (160, 160))),
     "Wan-Animate 2": Subject("animate", ((32, 64), (128, 256))),
     "LTX-2's decoder": Subject("decoder", ((2, 4, 4), (4, 8, 8))),
 }
@@ -279,20 +279,34 @@ class ParityFailed(ValueError):
 
 
 def check(name: str) -> None:
-    """Raise ParityFailed unless a model at a few tokens, its output and gradients, is within
-    `PARITY` of what the lists of its masks say."""
-
+    """Raise ParityFailed unless a model at a few tokens, its output and gradients, errs at most
+    twice as much as by the lists of its masks in fp32."""
     case = getattr(own_sparse, SUBJECTS[name].build)()
 
-    def found(ours: bool) -> list[torch.Tensor]:
-        with _replaced(*BY_LISTS), attach_own(case.model) if ours else nullcontext():
+    def found(attention: Callable[..., torch.Tensor], ours: bool = False) -> list[torch.Tensor]:
+        with (
+            _replaced(flex, "flex_attention", attention),
+            attach_own(case.model) if ours else nullcontext(),
+        ):
             return called(case, True)
 
-    for number, (one, right) in enumerate(zip(found(True), found(False), strict=True)):
-        error, size = float((one - right).abs().max()), float(right.abs().max())
-        if error > PARITY * size + 1e-6:
-            what = "output" if number == 0 else f"gradient {number}"
-            raise ParityFailed(f"{name}: its {what} errs by {error:.2e}, its size is {size:.2e}")
+    def error(given: list[torch.Tensor]) -> float:
+        return max(
+            float((one - right).abs().max() / right.abs().max().clamp_min(LEAST))
+            for one, right in zip(given, exact, strict=True)
+        )
+
+    exact = found(_in_fp64)
+    allowed = 2 * error(found(own_sparse.by_lists)) + LEAST
+    if (most := error(found(own_sparse.by_lists, ours=True))) > allowed:
+        raise ParityFailed(
+            f"{name} errs by {most:.2e} of its largest number, {allowed:.2e} may be"
+        )
+
+
+def _in_fp64(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    wide = (x.double() for x in (query, key, value))
+    return own_sparse.by_lists(*wide, **options).to(query.dtype)
 
 
 # The page
@@ -327,7 +341,7 @@ def _cell(one: dict[str, Any]) -> str:
         return f"{one['seconds']:.2f} s" + ("" if memory is None else f", {memory:,.0f} MB")
     if "asks_gb" in one:
         return f"asks for {one['asks_gb']:.1f} GB at once"
-    return one["refused"]
+    return one["refused"].partition(":")[0]  # the kind of an error, without its paths
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ MESSAGES = (
 )
 
 
+FROM_SECOND = "from the second on"
+
+
 def too_small(tokens: int, steps: int) -> str:
     """Say why sparse attention gains nothing in a run of so many tokens, or how it is to be set in
     so few steps; "" for larger runs."""
@@ -130,19 +133,18 @@ def too_small(tokens: int, steps: int) -> str:
             f"has {tokens:,}"
         )
     if steps < LEAST_STEPS:
-        dense = ",".join(map(str, second_quarter(steps)))
+        dense = ",".join(map(str, dense_of_few(steps)))
         return (
-            f"in fewer than {LEAST_STEPS} steps, {steps} here, keep the second quarter of them "
-            f"dense, by number {dense} from 0, and at least {LEAST_DENSITY:g} of the blocks"
+            f"in fewer than {LEAST_STEPS} steps, {steps} here, keep a quarter of them dense "
+            f"{FROM_SECOND}, number {dense} from 0, and at least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
 
 
-def second_quarter(steps: int) -> tuple[int, ...]:
-    """Number the steps of the second quarter, from 0; at least the second step. In few steps what
-    attention leaves out there costs a clip most."""
-    start = max(1, steps // 4)
-    return (*range(start, max(start + 1, steps // 2)),)
+def dense_of_few(steps: int) -> tuple[int, ...]:
+    """Number, from 0, the steps that stay dense where they are few: a quarter of them, from the
+    second on, where what attention leaves out costs a clip most."""
+    return (*range(1, 1 + max(1, steps // 4)),)
 
 
 class InFourSteps(NamedTuple):

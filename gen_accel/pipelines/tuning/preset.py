@@ -45,7 +45,7 @@ from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of
-from gen_accel.registry import LEAST_STEPS, MOST_TOKENS, PRESETS, RULES, second_quarter
+from gen_accel.registry import FROM_SECOND, LEAST_STEPS, MOST_TOKENS, PRESETS, RULES, dense_of_few
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
@@ -690,10 +690,10 @@ def by_rule(
     when = f"the first {rule.start:.0%} of the steps, {rule.steps} at least"
     own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
     if isinstance(steps, int) and steps < LEAST_STEPS:
-        dense = second_quarter(steps)
+        dense = dense_of_few(steps)
         own, when = (
             Schedule(dense=dense, dense_layers=rule.layers),
-            "the second quarter of the steps",
+            f"a quarter of the steps, {FROM_SECOND}",
         )
     chosen = Piecewise(rule.critical), own if schedule is None else schedule, None
     if quiet:

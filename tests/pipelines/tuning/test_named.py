@@ -54,14 +54,14 @@ def test_the_warning_says_the_whole_rule(name, words):
 
 
 @pytest.mark.parametrize(
-    ("steps", "dense"), [(1, (1,)), (3, (1,)), (4, (1,)), (8, (2, 3)), (9, (2, 3)), (10, None)]
+    ("steps", "dense"), [(1, (1,)), (3, (1,)), (4, (1,)), (8, (1, 2)), (9, (1, 2)), (10, None)]
 )
-def test_few_steps_are_dense_in_the_second_quarter(steps, dense):
+def test_a_quarter_of_few_steps_is_dense_from_the_second_on(steps, dense):
     _, schedule, _ = by_rule("balanced", None, steps, quiet=True)
     usual = Schedule(dense_start=0.2, dense_steps=1, dense_layers=1)
     assert schedule == (usual if dense is None else Schedule(dense=dense, dense_layers=1))
     if dense is not None:
-        with pytest.warns(NotMeasured, match="second quarter of the steps, and in the first"):
+        with pytest.warns(NotMeasured, match="quarter of the steps, from the second on, and"):
             by_rule("balanced", None, steps)
 
 
