@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("lora", nargs="?", help="folder of a LoRA of student_steps")
     parser.add_argument("--work", type=Path, default=Path("outputs/student_steps"))
+    parser.add_argument("--prompts", type=int, default=len(SCENES), help="the first of them")
     parser.add_argument("--docs", action="store_true", help="write the table of docs/few_steps.md")
     args = parser.parse_args()
     if args.docs:
@@ -88,15 +89,15 @@ def main() -> None:
     report = environment() | {name: getattr(recipe, name) for name in kept}
     report["runs"] = {}
     for name, run in RUNS.items():
-        report["runs"][name] = clips(name, run, args.lora, recipe, args.work)
+        report["runs"][name] = clips(name, run, args, recipe)
         write_json(RESULT, report)
 
 
-def clips(name: str, run: Run, lora: str, recipe: Recipe, work: Path) -> list[dict[str, Any]]:
+def clips(name: str, run: Run, args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Rows of a run, one a prompt."""
-    loras, steps = (lora,) if run.with_lora else (), run.share * len(recipe.levels)
+    loras, steps = (args.lora,) if run.with_lora else (), run.share * len(recipe.levels)
     pipe, rows = load("demo", Loading(device="cpu", loras=loras)), []
-    place = work / name.replace(" ", "_").replace(",", "")
+    place = args.work / name.replace(" ", "_").replace(",", "")
     last = recipe.levels[-1]  # of equal steps, shifted
     shift = last * (len(recipe.levels) - 1) / (1 - last)
     with ExitStack() as stack:
@@ -104,7 +105,7 @@ def clips(name: str, run: Run, lora: str, recipe: Recipe, work: Path) -> list[di
         warnings.simplefilter("ignore")
         stack.enter_context(apply_recipe(recipe, pipe.transformer, pipe))
         handle = stack.enter_context(gen_accel.attach(pipe, run.method, schedule=run.schedule))
-        for i, scene in enumerate(track(SCENES, name)):
+        for i, scene in enumerate(track(SCENES[: args.prompts], name)):
             clip = Clip(
                 frames=recipe.frames,
                 height=SIZE,
@@ -129,7 +130,7 @@ def clips(name: str, run: Run, lora: str, recipe: Recipe, work: Path) -> list[di
             seen = detect(video)
             row |= {"right": score(seen, scene).right, "shows": seen.caption}
             if name != run.beside:
-                other = kept_clip(work / run.beside, i)
+                other = kept_clip(args.work / run.beside, i)
                 row["psnr_db"] = psnr(video, other)
             rows.append({"prompt": scene.caption, "seed": SEED + i} | row)
     return rows
@@ -138,7 +139,7 @@ def clips(name: str, run: Run, lora: str, recipe: Recipe, work: Path) -> list[di
 def table(report: dict[str, Any]) -> list[str]:
     """Rows of the page."""
     lines = [
-        f"{len(SCENES)} prompts that no LoRA saw, one seed each, {report['frames']} frames; "
+        f"{len(report['runs'][TEACHER])} prompts that no LoRA saw, one seed each, {report['frames']} frames; "
         f"{machine(report)}. The student: rank {report['rank']}, {report['steps']} steps of "
         f"{report['batch']} clips, {len(report['levels'])} steps a video. PSNR to the teacher's "
         "clips, of sparse ones to the student's dense clips.",
