@@ -139,7 +139,8 @@ def clips(name: str, run: Run, args: argparse.Namespace, recipe: Recipe) -> list
 def table(report: dict[str, Any]) -> list[str]:
     """Rows of the page."""
     lines = [
-        f"{len(report['runs'][TEACHER])} prompts that no LoRA saw, one seed each, {report['frames']} frames; "
+        f"{len(report['runs'][TEACHER])} prompts that no LoRA saw, one seed each, "
+        f"{report['frames']} frames; "
         f"{machine(report)}. The student: rank {report['rank']}, {report['steps']} steps of "
         f"{report['batch']} clips, {len(report['levels'])} steps a video. PSNR to the teacher's "
         "clips, of sparse ones to the student's dense clips.",
