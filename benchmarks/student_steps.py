@@ -2,9 +2,9 @@
 
     gen-accel train student.yaml                               # docs/finetune.md, In few steps
     python benchmarks/student_steps.py outputs/student/lora    # 24 prompts that it never saw
-    python benchmarks/student_steps.py --docs                  # the table of docs/few_steps.md
 
-A clip that is there is not made again.
+A clip that is there is not made again. The table is printed, and the rows are written to
+results/student_steps.json.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from few_steps import DOCS, SEED, SIZE, score
+from few_steps import SEED, SIZE, score
 from kept import clip_file, keep_clip, kept_clip
-from pages import RESULTS, machine, write_table
+from pages import RESULTS, machine
 from rich.progress import track
 
 import gen_accel
@@ -71,16 +71,10 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("lora", nargs="?", help="folder of a LoRA of student_steps")
+    parser.add_argument("lora", help="folder of a LoRA that was trained with student_steps")
     parser.add_argument("--work", type=Path, default=Path("outputs/student_steps"))
     parser.add_argument("--prompts", type=int, default=len(SCENES), help="the first of them")
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/few_steps.md")
     args = parser.parse_args()
-    if args.docs:
-        write_table(DOCS, "student", "\n".join(table(json.loads(RESULT.read_text("utf-8")))))
-        return
-    if args.lora is None:
-        parser.error("give the folder of a LoRA, or --docs")
     torch.set_num_threads(1)
     recipe = read_recipe(args.lora)
     if recipe.sampler is None:
@@ -91,6 +85,7 @@ def main() -> None:
     for name, run in RUNS.items():
         report["runs"][name] = clips(name, run, args, recipe)
         write_json(RESULT, report)
+    print(*table(report), sep="\n")
 
 
 def clips(name: str, run: Run, args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
@@ -137,7 +132,7 @@ def clips(name: str, run: Run, args: argparse.Namespace, recipe: Recipe) -> list
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Rows of the page."""
+    """Rows of a table of all runs."""
     lines = [
         f"{len(report['runs'][TEACHER])} prompts that no LoRA saw, one seed each, "
         f"{report['frames']} frames; "
