@@ -317,9 +317,9 @@ def lines() -> list[str]:
     report = read_result("own_sparsity")
     busy = sum(row["busy"] is not None for row in report["rows"])
     head = (
-        f"Whole calls of the real classes with two blocks and random weights, fp32, "
-        f"{machine(report)}, seconds of the processor, medians, "
-        f"in processes of at most {report['limit_gb']:g} GB; others were busy during {busy} of "
+        f"Whole calls of the real classes with two blocks and random weights, fp32; "
+        f"{machine(report)}. Seconds are of the processor, medians, in processes of at most "
+        f"{report['limit_gb']:g} GB; others were busy during {busy} of "
         f"{len(report['rows'])} rows. [Result file](../benchmarks/results/own_sparsity.json), by "
         "`benchmarks/own_sparsity.py`."
     )

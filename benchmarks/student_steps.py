@@ -3,8 +3,7 @@
     gen-accel train student.yaml                               # docs/finetune.md, In few steps
     python benchmarks/student_steps.py outputs/student/lora    # 24 prompts that it never saw
 
-A clip that is there is not made again. The table is printed, and the rows are written to
-results/student_steps.json.
+A clip that is there is not made again. The table goes to docs/few_steps.md.
 """
 
 import argparse
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from few_steps import SEED, SIZE, score
+from few_steps import DOCS, SEED, SIZE, score
 from kept import clip_file, keep_clip, kept_clip
-from pages import RESULTS, machine
+from pages import RESULTS, machine, write_table
 from rich.progress import track
 
 import gen_accel
@@ -85,7 +84,7 @@ def main() -> None:
     for name, run in RUNS.items():
         report["runs"][name] = clips(name, run, args, recipe)
         write_json(RESULT, report)
-    print(*table(report), sep="\n")
+    write_table(DOCS, "student", "\n".join(table(report)))
 
 
 def clips(name: str, run: Run, args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
@@ -134,7 +133,7 @@ def clips(name: str, run: Run, args: argparse.Namespace, recipe: Recipe) -> list
 def table(report: dict[str, Any]) -> list[str]:
     """Rows of a table of all runs."""
     lines = [
-        f"{len(report['runs'][TEACHER])} prompts that no LoRA saw, one seed each, "
+        f"{len(report['runs'][TEACHER])} prompts that the LoRA never saw, one seed each, "
         f"{report['frames']} frames; "
         f"{machine(report)}. The student: rank {report['rank']}, {report['steps']} steps of "
         f"{report['batch']} clips, {len(report['levels'])} steps a video. PSNR to the teacher's "

@@ -86,7 +86,7 @@ class FewSteps(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What is typed for it."""
+        """Flags of `generate` that sample so."""
         words = [f"--sampler {self.sampler}"]
         if self.levels:
             words.append(f"--levels {','.join(f'{level:g}' for level in self.levels)}")

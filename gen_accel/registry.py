@@ -148,7 +148,7 @@ def dense_of_few(steps: int) -> tuple[int, ...]:
 
 
 class InFourSteps(NamedTuple):
-    """What a cache does in four steps, on average over the clips of 33 frames in
+    """Cost of a cache in four steps, the mean over the clips of 33 frames in
     benchmarks/results/few_steps.json.
 
     Args:

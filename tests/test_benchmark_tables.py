@@ -10,9 +10,12 @@ def test_the_tables_are_made_from_the_results(from_benchmarks):
     made[ROOT / "docs" / "longer_videos.md"] = from_benchmarks("study.longer").tables()
     made[ROOT / "docs" / "own_sparsity.md"] = from_benchmarks("own_sparsity").lines()
     made[ROOT / "docs" / "tune.md"] = from_benchmarks("study.tuned").lines()
-    table_in = from_benchmarks("pages").table_in
+    pages, few = from_benchmarks("pages"), from_benchmarks("few_steps")
+    made[few.DOCS] = [*few.table(pages.read_result("few_steps"))]
     for path, lines in made.items():
-        assert table_in(path.read_text("utf-8"), "results") == "\n".join(lines), path
+        assert pages.table_in(path.read_text("utf-8"), "results") == "\n".join(lines), path
+    student = from_benchmarks("student_steps").table(pages.read_result("student_steps"))
+    assert pages.table_in(few.DOCS.read_text("utf-8"), "student") == "\n".join(student)
 
 
 def test_what_is_calibrated_has_a_calibrated_peer_and_dense_beside_it(from_benchmarks):

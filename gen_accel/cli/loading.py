@@ -17,11 +17,11 @@ FOR_PIPELINES = (*FOR_WEIGHTS, "transformers")  # without which diffusers has no
 
 
 @contextmanager
-def loading(what: str = "diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
+def loading(what: str | None = "diffusers", *, asked: Collection[str] = ()) -> Iterator[None]:
     """Import torch and let the imports inside follow, and say on stderr what is waited for.
 
     Args:
-        what: packages and files that are loaded inside; "" for torch alone.
+        what: packages and files that are loaded inside; None for torch alone.
         asked: packages that are to run, whose messages are shown.
     """
     hide_load_failures(asked)

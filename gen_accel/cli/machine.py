@@ -93,7 +93,7 @@ def build(config: FiguresConfig) -> None:
     \b
     gen-accel build
     """
-    with loading(""):
+    with loading(None):
         from gen_accel.kernels.native.build import build as compile_kernel
 
     try:

@@ -156,7 +156,7 @@ def metrics(config: MetricsConfig) -> None:
     pixel by pixel. Nothing is downloaded.
     """
     films, reference = config.check()
-    with loading(""):
+    with loading(None):
         from gen_accel.measure.motion import measure_file
         from gen_accel.measure.quality import check_pair, compare_files
 

@@ -131,7 +131,7 @@ def export(config: ExportConfig) -> None:
     """
     check_files("folder", config.folder)
     check_output(config.out, ".safetensors")
-    with loading(""):
+    with loading(None):
         from gen_accel.io import megabytes
         from gen_accel.lora.comfyui import export as write
 

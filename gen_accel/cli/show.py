@@ -209,7 +209,7 @@ def show(config: ShowConfig) -> None:
 
 def _show(config: ShowConfig) -> None:
     """Print what is no LoRA."""
-    with loading("" if config.model is None else "diffusers"):
+    with loading(None if config.model is None else "diffusers"):
         from gen_accel.measure.pictures import mask_facts, mask_picture, mask_text
     if config.extend is not None:
         _show_techniques(config, () if config.extend == ("all",) else config.extend)
@@ -240,7 +240,7 @@ def _show(config: ShowConfig) -> None:
 
 def _show_lora(config: ShowConfig, lora: Path) -> None:
     """Print what the file of a LoRA is."""
-    with loading(""):
+    with loading(None):
         from gen_accel.pipelines.generation.loading import file_of, lora_source
         from gen_accel.pipelines.generation.lora_words import words_of
     lines, about = words_of(file_of(lora_source(str(lora))[0]))

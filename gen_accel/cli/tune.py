@@ -49,7 +49,7 @@ def tune(config: TuneConfig, line: FiguresConfig) -> None:
     """
     config.check()
     if config.preset is not None:
-        with loading(""):
+        with loading(None):
             from gen_accel.pipelines.tuning import load_tuned
 
         found = load_tuned(config.preset)

@@ -90,21 +90,15 @@ class Lora(Adapter):
         with self._attending(), active(self._transformer, self._teacher):
             yield
 
-    @contextmanager
-    def _attending(self) -> Iterator[None]:
+    def _attending(self) -> AbstractContextManager[None]:
         """Run the teacher's attention; a dense one over the tokens of all processes that share a
         clip."""
         handle, (method, schedule) = self._handle, self._attention
-        if method.is_dense and not self._shares:
-            with handle.paused():
-                yield
-            return
-        if method.is_dense:
-            with handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer)))):
-                yield
-            return
-        with handle.running(method, schedule):
-            yield
+        if not method.is_dense:
+            return handle.running(method, schedule)
+        if not self._shares:
+            return handle.paused()
+        return handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer))))
 
     def writer(self, whole: Callable[[Tensor], Tensor]) -> Write:
         state, branches = {}, self._handle.branches

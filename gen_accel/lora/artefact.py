@@ -178,8 +178,8 @@ def teacher_attention(config: TrainConfig, recipe: Recipe | None) -> tuple[Metho
     Args:
         recipe: of `teacher_lora`; None without.
 
-    Raises ValueError for a method of another attention than the student's, if one of them has
-    parameters.
+    Raises ValueError for a sparse method that goes on from step to step, or with parameters, its
+    own or the student's.
     """
     student = method_from(config.method, config.settings)
     schedule = Schedule(dense_layers=config.dense_layers)
@@ -192,8 +192,8 @@ def teacher_attention(config: TrainConfig, recipe: Recipe | None) -> tuple[Metho
         return Dense(), schedule
     if method.defines("step_state"):
         raise ValueError(
-            f"teacher_method {config.teacher_method} goes on from step to step, which single "
-            "calls of a teacher do not: take a method without such a state"
+            f"the teacher {origin} through {shown(method)}, which goes on from step to step, as "
+            "single calls of a teacher do not: give teacher_method dense"
         )
     if not method.is_dense and (student.has_parameters or method.has_parameters):
         raise ValueError(

@@ -784,7 +784,7 @@ class TrainConfig(Config):
 
     @property
     def why_clips(self) -> str | None:
-        """What clips are needed for, in words; None where prompts alone are enough."""
+        """Reason why clips are needed; None where prompts alone are enough."""
         asked = {name: getattr(self, name) for name in ("condition", "masks", "sound", "images")}
         return why_clips(self.needs_clips, **asked)
 

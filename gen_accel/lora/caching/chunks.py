@@ -124,7 +124,7 @@ class CacheOptions:
 
     @property
     def why_clips(self) -> str | None:
-        """What clips are needed for, in words; None where prompts alone are enough."""
+        """Reason why clips are needed; None where prompts alone are enough."""
         names = ("condition", "masks", "sound", "teacher")
         asked = {name: getattr(self, name) for name in names} | {"images": self.images is not None}
         return why_clips(self.needs_clips, **asked)

@@ -470,7 +470,7 @@ def _with_lora(config: GenerateConfig, from_lora: Path) -> tuple[GenerateConfig,
         if config.negative_prompt is not None:
             raise ValueError(
                 f"negative_prompt {shown(config.negative_prompt)} needs guidance, and from_lora "
-                f"{from_lora} holds it: leave it out, or give a guidance_scale above 1"
+                f"{from_lora} goes without: leave it out, or give a guidance_scale above 1"
             )
         changed["guidance_scale"] = 1.0
     if recipe.rank:  # at rank 0 only the method's own parameters were trained

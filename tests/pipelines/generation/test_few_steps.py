@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers.pipelines.ltx2 import LTX2Vocoder
 from safetensors.torch import load_file, save_file
 from support import wan
 from support.tiny import hunyuan_video15, ltx2, minimax_h3
@@ -206,7 +205,7 @@ ADAPTERS = {
         {"transformer": "ltx-2-19b-distilled-lora-384.safetensors"},
         ("euler", LTX),
         layers=OF_LTX,
-        build=lambda: with_vocoder(ltx2.texts()),
+        build=lambda: ltx2.with_vocoder(ltx2.texts()),
         size=(9, 64, 64),
     ),
     "MiniMax-H3, Turbo": Adapter(
@@ -219,18 +218,6 @@ ADAPTERS = {
         size=(124, 64, 64),
     ),
 }
-
-
-def with_vocoder(pipe):
-    pipe.register_modules(
-        vocoder=LTX2Vocoder(
-            in_channels=2 * pipe.audio_vae.config.mel_bins,
-            hidden_channels=8,
-            upsample_kernel_sizes=[16, 12],
-            upsample_factors=[8, 12],
-        )
-    )
-    return pipe
 
 
 def drawn(shape, seed):

@@ -16,7 +16,6 @@ from diffusers import (
     LTXPipeline,
     MotionAdapter,
 )
-from diffusers.pipelines.ltx2 import LTX2Vocoder
 from PIL import Image
 from support import wan
 from support.tiny import (
@@ -311,16 +310,8 @@ def test_sound_of_ltx2_has_the_rate_of_its_vocoder(rate):
 
 def test_ltx2_writes_its_sound(tmp_path):
     """With a real vocoder, 96 times as long as its spectrogram."""
-    pipe: Any = ltx2.texts()
     torch.manual_seed(6)
-    pipe.register_modules(
-        vocoder=LTX2Vocoder(
-            in_channels=2 * pipe.audio_vae.config.mel_bins,
-            hidden_channels=8,
-            upsample_kernel_sizes=[16, 12],
-            upsample_factors=[8, 12],
-        )
-    )
+    pipe = ltx2.with_vocoder(ltx2.texts())
     size = {"frames": 17, "height": 64, "width": 96, "max_tokens": 16}
     made = sample(pipe, PROMPT, filled(pipe, Clip(steps=2, guidance_scale=1.0, **size)))
     assert made.sound is not None

@@ -13,6 +13,7 @@ from diffusers import (
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
 )
+from diffusers.pipelines.ltx2 import LTX2Vocoder
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from support import hunyuan, wan
@@ -223,6 +224,19 @@ def texts(**config: Any) -> Any:
     )
     pipe = pipeline(transformer(**config))
     pipe.register_modules(text_encoder=llama, tokenizer=new_tokenizer(), connectors=connectors)
+    return pipe
+
+
+def with_vocoder(pipe: Any) -> Any:
+    """Give a pipeline a vocoder, 96 times as long as its spectrogram."""
+    pipe.register_modules(
+        vocoder=LTX2Vocoder(
+            in_channels=2 * pipe.audio_vae.config.mel_bins,
+            hidden_channels=8,
+            upsample_kernel_sizes=[16, 12],
+            upsample_factors=[8, 12],
+        )
+    )
     return pipe
 
 
