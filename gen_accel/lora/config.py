@@ -785,7 +785,7 @@ class TrainConfig(Config):
     @property
     def why_clips(self) -> str | None:
         """Reason why clips are needed; None where prompts alone are enough."""
-        asked = {name: getattr(self, name) for name in ("condition", "masks", "sound", "images")}
+        asked = {name: getattr(self, name) for name in ("condition", "sound", "images")}
         return why_clips(self.needs_clips, **asked)
 
     @property
@@ -1104,6 +1104,11 @@ def _student_faults(config: TrainConfig) -> Iterator[str]:
         yield (
             f"noise_levels are the noise at which each of student_steps {steps} begins, got "
             f"{len({*levels})}: give as many, or leave them out"
+        )
+    if config.masks and config.starts != "data":
+        yield (
+            f"masks are of clips, and starts {config.starts} begins with none: leave them out, or "
+            "give starts data"
         )
     drawing = ("sampled_steps", "timestep_sampling", "logit_mean", "logit_std", "weighting")
     for name in filter(given, drawing):

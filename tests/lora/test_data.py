@@ -273,7 +273,6 @@ def test_prompts_without_clips(prompts, folder):
     for changed, said in (
         ({"starts": "data"}, "needed unless student_steps is given with starts own or teacher"),
         ({"condition": "first_frame"}, "clips are needed for condition first_frame"),
-        ({"masks": True}, "3 of 6 captions .* clips are needed for masks"),
         ({"images": 0.5}, "clips are needed for images 0.5"),
         ({"sound": True, "objective": "flow", "student_steps": None}, "needed unless"),
     ):

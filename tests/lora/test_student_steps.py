@@ -78,6 +78,7 @@ class TestLevels:
             ({"teacher_steps": 7}, "must be a multiple of student_steps 2, as 6, got 7"),
             ({"noise_levels": (1.0,)}, "each of student_steps 2 begins, got 1"),
             ({"sampled_steps": 2}, "which student_steps does, got 2: leave it out"),
+            ({"masks": True}, "starts own begins with none: leave them out"),
             ({"weighting": "cosmap"}, "which student_steps does, got 'cosmap'"),
             ({"student_steps": None, "starts": "data"}, "give student_steps, as 4"),
             ({"teacher_settings": ("block=4",)}, "are of a teacher_method, and none"),
