@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from gen_accel.demo import NAME, path
 from gen_accel.measure.report import MEDIA_TYPES
+from gen_accel.outputs import preview_of
 from gen_accel.parsing import fits, shown
 from gen_accel.served import RUNS, row_of
 from gen_accel.ui.files import UPLOADS
@@ -291,7 +292,8 @@ def add_files(app: FastAPI, queue: Queue) -> None:
     """Serve the files that a job made at `/jobs/ID/NAME`, reports and films of trainings at
     `/trainings/PATH`, and no others.
 
-    A link that leads elsewhere is not followed. `Guard` adds what keeps them from running.
+    The preview of a job whose end removed it is empty, not an error: a page may ask meanwhile. A
+    link that leads elsewhere is not followed. `Guard` adds what keeps them from running.
     """
 
     @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
@@ -301,6 +303,8 @@ def add_files(app: FastAPI, queue: Queue) -> None:
             path = (queue.place(found) / name).resolve()
             if path in queue.files(found):
                 return answer(path, download)
+            if path == preview_of(Path(str(found.options.get("out")))):
+                return Response(status_code=204)  # a page has not heard of the end yet
         raise HTTPException(404, "there is no such file")
 
     @app.get("/trainings/{name:path}", include_in_schema=False)

@@ -69,14 +69,20 @@ def test_the_settings_in_a_clip_fill_the_form(browser_page, clip):
 
 
 def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):
+    asked = []  # for the preview, of which some come when it is gone
+    browser_page.route("**/*.preview.png*", lambda one: asked.append(one))
     small(browser_page, steps=500)
     browser_page.click("#gen-run")
+    browser_page.wait_for_selector("#gen-so-far img", state="attached")
     browser_page.wait_for_selector("#gen-progress >> text=of 500")
     queue = web_page.server.queue
     job = queue.jobs()[-1].id
     before = queue.job(job).progress.done
     browser_page.click("#gen-stop")
     assert queue.wait(job, 180).state == "stopped"
+    assert asked
+    for one in asked:
+        one.continue_()
     browser_page.wait_for_selector("#gen-progress .ga-stopped")
     assert [one.name for one in queue.place(job).iterdir()] == ["job.json"]
     assert before < 500

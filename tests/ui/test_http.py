@@ -348,6 +348,10 @@ def test_files_of_a_job_and_no_others(client, server, tmp_path):
     ):
         assert client.get(f"/jobs/{job}/{name}").status_code == 404
     assert client.get("/jobs/none/video.mp4").status_code == 404
+    gone = client.get(f"/jobs/{job}/video.preview.png")
+    assert (gone.status_code, gone.content) == (204, b"")
+    for name in ("other.preview.png", "given/video.preview.png", "..%2fvideo.preview.png"):
+        assert client.get(f"/jobs/{job}/{name}").status_code == 404
 
 
 def test_a_picture_that_is_replaced_meanwhile_comes_whole(client, server, monkeypatch):
