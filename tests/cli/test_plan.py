@@ -109,6 +109,9 @@ def test_a_plan_needs_no_prompt_and_takes_the_defaults_of_the_pipeline(run):
     assert "demo, 33 frames of 96 x 96" in shown
     assert "20 steps" in shown
     assert "NVIDIA H100" in shown
+    words = " ".join(shown.split())
+    assert "below about 4,000 tokens sparse attention gains nothing" in words
+    assert "pays off from" not in words or int(words.split("pays off from ")[1].split()[0]) > 33
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from gen_accel.measure.cost.model import ComponentSize, Source, Subject, compone
 from gen_accel.measure.cost.rates import KINDS, Rates, rates_here, rates_of_card
 from gen_accel.measure.cost.work import Work, decoding, step_work
 from gen_accel.method import Method
-from gen_accel.registry import OFFLOADS, QUANTISERS, check_loading
+from gen_accel.registry import LEAST_TOKENS, OFFLOADS, QUANTISERS, check_loading, too_small
 
 # Activations of the families that can be traced, in tensors of one value for each token and
 # channel; for the others, the bounds are taken.
@@ -222,13 +222,16 @@ class Forecast:
             f"{span(self.speedup, 'x')}; free attention "
             f"would give {known.limit:.2f}x"
         )
-        if self.speedup.high < WORTH:
+        if known.tokens < LEAST_TOKENS:
+            yield too_small(known.tokens, steps)
+        elif self.speedup.high < WORTH:
             yield f"do not bother: less than {WORTH}x is not worth a changed result"
         elif self.speedup.low < WORTH:
             yield f"it may not pay off: below {WORTH}x, a changed result is not worth it"
         else:
             yield f"pays off ({WORTH}x or more)"
-        if known.pays_from is not None:
+        longer = known.pays_from is not None and known.pays_from > known.num_frames
+        if longer or (known.pays and self.speedup.high >= WORTH and known.tokens >= LEAST_TOKENS):
             yield f"pays off from {known.pays_from} frames at this size"
 
     def _memory(self) -> Iterator[str]:
