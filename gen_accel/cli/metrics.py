@@ -194,7 +194,7 @@ def motion_rows(found: Mapping[str, Any]) -> dict[str, str]:
         )
     rows["flicker"] = f"{found['flicker']:.4f}, 1 is still"
     if found["similarity"] is not None:
-        rows["similarity"] = f"{found['similarity']:.3f} at the lag asked for"
+        rows["similarity"] = f"{found['similarity']:.3f} at the given distance"
     return rows
 
 

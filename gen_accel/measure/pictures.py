@@ -25,6 +25,7 @@ from gen_accel.io import replacing
 from gen_accel.measure.cost.figures import wrapped
 from gen_accel.memory import check_room
 from gen_accel.method import Method
+from gen_accel.parsing import brief
 from gen_accel.paths import check_output, expanded
 from gen_accel.plan import Plan
 from gen_accel.registry import needed_for
@@ -278,7 +279,7 @@ def mask_picture(
 
     figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    title = [*textwrap.wrap(str(method), TITLE), _size(video, plan), *_notes(method)]
+    title = [*textwrap.wrap(brief(method), TITLE), _size(video, plan), *_notes(method)]
     figure.suptitle("\n".join(title), fontsize=12)
 
     rows, columns = plan.keep.shape[-2:]

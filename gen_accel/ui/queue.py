@@ -558,7 +558,9 @@ def _read(record: Path) -> QueuedJob:
         raise ValueError(f"id must be the name of its folder, got {shown(job.id)}")
     known = command_of(job.verb).known
     for name, value in job.options.items():
-        if name in known and value is not None and not fits(value, known[name].hint):
+        if name not in known or value is None or (known[name].joined and isinstance(value, str)):
+            continue  # several values may be one text, as a file of --config has them
+        if not fits(value, known[name].hint):
             raise ValueError(
                 f"{name} must be {written_type(known[name].hint)}, got {shown(value)}"
             )

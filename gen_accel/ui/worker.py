@@ -61,6 +61,7 @@ LIGHT = ("--dry-run", "--help", "--plan", "--print-config")  # with which they d
 MOST_SAID = 1 << 20  # characters of what a verb prints that are kept
 ANSWER = 600.0  # seconds that a question may take
 REMEMBERED = 64  # answers
+COLUMNS = 66  # of the lines that a verb says: as many as the narrowest box of the page has
 EMPTY: Options = {}
 LINES = ("generate",)  # verbs whose --json has an object on each line
 
@@ -279,6 +280,7 @@ class WorkerProcess:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
+                env={**os.environ, "COLUMNS": str(COLUMNS)},
                 pass_fds=() if self.lock is None else (self.lock.fileno(),),
                 start_new_session=True,  # Ctrl-C on the server is not for the worker
             )

@@ -269,6 +269,8 @@ def test_a_worker_that_is_killed_is_said_and_the_next_goes_on(opened):
 def test_after_a_restart_jobs_are_there_and_waiting_ones_run(opened):
     queue = opened()
     names = [submit(queue, "steps 1"), submit(queue, "wait"), submit(queue, "steps 2")]
+    joined = {"model": "demo", "prompt": ["steps 1"], "extend": "riflex", "dense_layers": "0,5"}
+    names.append(queue.submit("generate", {**joined, "out": "{job}/video.mp4"}).id)
     running(queue, names[1])
     queue.close()
     again = opened()

@@ -118,7 +118,7 @@ def test_a_caption_is_edited_into_its_file(train, data):
     tab.click("#train-look")
     tab.wait_for_selector("#train-found >> text=2 clips, 2 captions")
     assert "made" not in tab.inner_text("#train-found")
-    tab.locator('#train-clips [data-testid="cell-1-3"]:visible').dblclick()
+    tab.locator('#train-clips [data-testid="cell-1-1"]:visible').dblclick()
     tab.keyboard.press("Control+a")
     tab.keyboard.insert_text("a caption of my own")
     tab.keyboard.press("Enter")

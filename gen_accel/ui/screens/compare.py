@@ -197,7 +197,7 @@ def figures(report: Options) -> list[list[str]]:
         told = f"attention alone: {dense:.2f} s dense, {sparse:.2f} s sparse"
         attention = [["Attention speed-up", ratio, told]]
     if (share := report.get("attention_flops_share")) is not None:
-        work = [["Attention's work", f"{share:.1%}", "of dense, all steps"]]
+        work = [["Attention's work", f"{100 * share:.3g} %", "of dense, all steps"]]
     if "cache" in report:
         told = f"{len(report['skipped_steps'])} of {report['steps']} steps"
         work += [["Skipped", told, f"by cache {report['cache']}, in the sparse clip alone"]]

@@ -42,9 +42,9 @@ EVERY = 2.0  # seconds between two looks at a training's folder
 CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
 EXAMPLES = 6  # clips of the embedded model's world
 A_PAGE = 50  # clips
-HEADS = ["", "clip", "length and size", "caption"]
-WIDTHS: list[str | int] = ["112px", "110px", "130px", "300px"]
-CLIP, CAPTION = 1, 3  # places of columns
+HEADS = ["", "caption", "clip", "length and size"]  # what a small window shows comes first
+WIDTHS: list[str | int] = ["112px", "220px", "110px", "130px"]
+CAPTION, CLIP = 1, 2  # places of columns
 MOST_NAMES, MOST_POINTS = 8, 400  # of clips that are left out, and of a curve
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
@@ -102,7 +102,7 @@ class ClipTable:
         self.table = gr.Dataframe(
             headers=HEADS,
             datatype=["html", "str", "str", "str"],
-            static_columns=[0, 1, 2],
+            static_columns=[0, 2, 3],
             column_widths=WIDTHS,
             type="array",
             wrap=True,
@@ -192,7 +192,7 @@ class ClipTable:
             video = found.videos[row.clip] if row.name == row.clip else None
             first = ["", ""] if video is None else [thumbnail(video), size_of(video)]
             caption = kept.get(row.name, row.caption)
-            cells.append([html("image", first[0], ""), row.name, first[1], caption])
+            cells.append([html("image", first[0], ""), caption, row.name, first[1]])
         starts = range(0, len(found.rows), A_PAGE)
         names = [f"{i + 1} to {min(i + A_PAGE, len(found.rows))}" for i in starts]
         shown = {"choices": names, "value": names[number], "visible": len(names) > 1}
