@@ -253,7 +253,7 @@ def _tuning(page: Page) -> None:
             raise ValueError("give Prompts: a text file with one on each line")
         out = options.setdefault("out", str(free_name(page.places.folder / TUNED)))
         Path(page.places.writable(out)).parent.mkdir(parents=True, exist_ok=True)
-        about = {"title": f"preset {Path(out).stem}", "kind": "tune", "tab": held[page.tab]}
+        about = {"title": f"tuning, {Path(out).name}", "kind": "tune", "tab": held[page.tab]}
         return {view.job: page.queue.submit("tune", options, **about).id}
 
     def show(name: str) -> Held:
