@@ -9,7 +9,7 @@ import pytest
 from support.fake_worker import COMMAND as FAKE
 
 from gen_accel.pipelines.generation.progress import Progress, Update, heard_by, ticker, waiting
-from gen_accel.ui.worker import Questions, Refused, WorkerDied, WorkerProcess
+from gen_accel.ui.worker import COLUMNS, Questions, Refused, WorkerDied, WorkerProcess
 
 REAL = (sys.executable, "-m", "gen_accel.ui.worker")
 
@@ -40,7 +40,9 @@ def test_a_verb_says_what_it_prints_and_how_it_ended(worker):
     events = []
     ended = worker.run(["list"], events.append)
     assert (ended.code, ended.error) == (0, None)
-    assert len(ended.said.splitlines()) >= 2
+    lines = ended.said.splitlines()
+    assert len(lines) >= 2
+    assert COLUMNS - 15 < len(lines[2]) <= COLUMNS  # wrapped at the width of a box of the page
 
 
 @pytest.mark.parametrize(
