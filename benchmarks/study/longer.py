@@ -123,12 +123,7 @@ def demo_score() -> dict[str, float]:
     """Count the demo's clips that are right at their pace, as its page tells it: dense, sparse,
     both, and without the LoRA. Beside them the PSNR of sparse clips to the dense ones of their
     seeds."""
-    clips: dict[str, list[dict[str, Any]]] = {name: [] for name in PLACES}
-    for ending in SEEDS:
-        for name, (file, setting) in PLACES.items():
-            found = _setting(file + ending, setting)
-            assert found is not None
-            clips[name] += found["scored"]
+    clips = demo_clips()
     rights = {name: [one["right"] for one in made] for name, made in clips.items()}
     psnr = [one["psnr"] for one in clips["sparse"]]
     return {
@@ -139,6 +134,17 @@ def demo_score() -> dict[str, float]:
         "psnr_worst_db": round(min(psnr), 1),
         "psnr_best_db": round(max(psnr), 1),
     }
+
+
+def demo_clips() -> dict[str, list[dict[str, Any]]]:
+    """Return the scores of each clip of `PLACES`, of both seeds."""
+    clips: dict[str, list[dict[str, Any]]] = {name: [] for name in PLACES}
+    for ending in SEEDS:
+        for name, (file, setting) in PLACES.items():
+            found = _setting(file + ending, setting)
+            assert found is not None
+            clips[name] += found["scored"]
+    return clips
 
 
 def _setting(file: str, setting: str) -> dict[str, Any] | None:
