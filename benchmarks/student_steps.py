@@ -188,6 +188,7 @@ def _made(
                 start = time.process_time()
                 made = sample(pipe, scene.caption, filled(pipe, own))
                 row: Row = {"seconds": time.process_time() - start}
+                assert clip.steps is not None
                 row["calls"] = clip.steps * (2 if run.guided else 1)
                 row["density"] = 1.0 if run.method.is_dense else handle.summary().density
                 keep_clip(place, i, made.video)
