@@ -165,8 +165,10 @@ def dark(tab: Page) -> None:
 
 
 def small(tab: Page) -> None:
-    """Three screens in a telephone's window, dark, side by side."""
+    """Three screens in a telephone's window, dark, side by side, when nothing runs that would lie
+    on top of them."""
     sides = []
+    tab.wait_for_selector("#status .ga-status", state="detached")
     with another(tab, SMALL, "dark") as phone:
         for kind, (made, part) in PHONES.items():
             last(phone, kind, made)
