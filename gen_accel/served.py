@@ -215,7 +215,7 @@ FAMILIES: dict[str, Served] = {
         unsized={"Motif-Video-2B": "Motif-Technologies/Motif-Video-2B"},
     ),
     "minimax_h3": Served(
-        "joint:MiniMaxH3",
+        "minimax_h3:MiniMaxH3",
         ("MiniMaxH3Transformer3DModel",),
         {
             "MiniMax-H3": Published(

@@ -88,7 +88,7 @@ def _training_rows() -> list[tuple[str, ...]]:
                 f"`{kind}`",
                 predicted if trains else "",
                 _given(family) if trains else "",
-                f"{family.sizes.temporal} n + 1" if family.sizes.temporal else "",
+                family.sizes.coding().rule if trains or family.sizes.temporal else "",
                 str(family.sizes.frames or ""),
                 ", ".join(f"`{rule}`" for rule in rules) if turns else "",
             )

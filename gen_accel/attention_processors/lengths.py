@@ -1,7 +1,7 @@
 """Lengths and sizes of video: in pixels, in latents, and in tokens after patchify."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from gen_accel.parsing import fits, shown
 
@@ -10,6 +10,45 @@ FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_facto
 
 # Pipelines take heights and widths that this divides, whatever the autoencoder.
 PIXELS = 16
+
+
+class Coding(NamedTuple):
+    """How many latents an autoencoder makes of a video: a + c n frames are b + l n latents.
+
+    Args:
+        frames, latents: c and l, of a chunk.
+        first, base: a and b, of the shortest video.
+    """
+
+    frames: int
+    latents: int = 1
+    first: int = 1
+    base: int = 1
+
+    def codes(self, frames: int) -> bool:
+        """Whether a video of so many frames leaves no rest."""
+        return frames >= self.first and not (frames - self.first) % self.frames
+
+    def latents_of(self, frames: int) -> int:
+        """Latents of a video that leaves no rest."""
+        return (frames - self.first) // self.frames * self.latents + self.base
+
+    def frames_of(self, latents: int) -> int:
+        """Frames of a video of whole chunks with at least so many latents."""
+        return -(-(latents - self.base) // self.latents) * self.frames + self.first
+
+    def spans(self, frames: int) -> list[int]:
+        """Frames that each latent of a video is of; the first one of a chunk is of one frame."""
+        chunks = (frames - self.first) // self.frames
+        if self.latents == 1:
+            return [self.first] * self.base + [self.frames] * chunks
+        whole = [1] + [(self.frames - 1) // (self.latents - 1)] * (self.latents - 1)
+        return whole * chunks + whole[: self.base]
+
+    @property
+    def rule(self) -> str:
+        """The numbers of frames that leave no rest, in words."""
+        return f"{self.frames} n + {self.first}"
 
 
 def vae_factor(pipe: object, axis: str) -> int | None:
@@ -37,22 +76,24 @@ def temporal_patch(transformer: Any) -> int:
     return patch_of(transformer.config)[0]
 
 
-def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:
+def latent_frames(name: str, frames: int, factor: int | Coding, patch: int = 1) -> int:
     """Pixel frames to latent frames after patchify.
 
     Args:
         name: of the argument, for the error.
-        factor, patch: `temporal_factor` and `temporal_patch` of the target.
+        factor: `temporal_factor` of the target, or the coding of its autoencoder.
+        patch: `temporal_patch` of the target; 1 for a coding with several latents in a chunk.
 
     Raises ValueError for a number that makes no whole latent frames; the error names the nearest.
     """
-    step, first = factor * patch, (patch - 1) * factor + 1
+    coding = factor if isinstance(factor, Coding) else Coding(factor)
+    step, first = coding.frames * patch, coding.first + -coding.base % patch * coding.frames
     if frames < first or (frames - first) % step:
         near = " or ".join(map(str, nearest(frames, step, first)))
         raise ValueError(
             f"{name} must be {first} or a multiple of {step} more, got {frames}; nearest: {near}"
         )
-    return (frames - first) // step + 1
+    return coding.latents_of(frames) // patch
 
 
 def nearest(size: int, step: int, least: int) -> list[int]:

@@ -229,17 +229,25 @@ def teacher_hash(config: TrainConfig) -> str | None:
 
 
 def check_guidance(config: TrainConfig, transformer: "ModelMixin", boundary: float | None) -> None:
-    """Refuse, by a ValueError, a guided teacher for a model that cannot use it.
+    """Refuse, by a ValueError, a guided teacher for a model that cannot use it, and captions that
+    are left out for one whose pipeline calls it with a prompt alone.
 
     Args:
         boundary: noise level at which a pipeline switches between two transformers.
     """
+    is_distilled = family_of(transformer).generation.distilled
+    if config.caption_dropout and is_distilled:
+        raise ValueError(
+            f"caption_dropout is {config.caption_dropout:g}: give 0, as "
+            f"{type(transformer).__name__} has its guidance in its weights, and is never called "
+            "without a caption"
+        )
     if config.teacher_guidance == 1:
         return
     given = f"teacher_guidance is {config.teacher_guidance:g}: leave it out, as"
     if boundary is not None:
         raise ValueError(f"{given} a pipeline of two transformers guides both or none")
-    if transformer.config.get("guidance_embeds"):
+    if transformer.config.get("guidance_embeds") or is_distilled:
         raise ValueError(f"{given} {type(transformer).__name__} holds a guidance of its own")
 
 

@@ -259,15 +259,24 @@ def plan_clips(
     With `sound`, the clips of a step all have sound, or none has.
 
     Raises ValueError if no clip is long enough for a stage, all of them are held out, pictures are
-    asked for and there are none, or several processes would train clips with and without sound.
+    asked for and there are none, or clips without sound go with the model or with several
+    processes not.
     """
     held = held_out(config, cache)
-    if config.sound and processes > 1:
-        silent = sum(entry.sound_key is None for entry in cache.entries)
-        if silent:
+    silent = sum(entry.sound_key is None for entry in cache.entries) if config.sound else 0
+    if silent:
+        family = family_of(model.transformer)
+        told = f"{silent} of {len(cache.entries)} clips have no sound"
+        if family.training.needs_sound:
             raise ValueError(
-                f"{silent} of {len(cache)} clips have no sound, which several processes cannot "
-                "train beside others: leave these clips out, or take one process"
+                f"{told}, without which {family.models} does not train: leave these clips out, or "
+                "give them a silent track (ffmpeg -i clip.mp4 -f lavfi -i "
+                "anullsrc=r=32000:cl=stereo -shortest -c:v copy out.mp4)"
+            )
+        if processes > 1:
+            raise ValueError(
+                f"{told}, which several processes cannot train beside others: leave these clips "
+                "out, or take one process"
             )
     batch = config.batch_size * config.gradient_accumulation * processes
     plans, pictures = [], dict[tuple[int, int], list[int]]()
@@ -359,11 +368,8 @@ class Batches:
         self.adapter, self.accelerator = adapter, accelerator
         self._groups = ProcessGroups.of(config, accelerator)
         family = family_of(model.transformer)
-        self._fps = (
-            (config.fps or family.sizes_of(model.transformer.config).fps)
-            if family.training.takes_fps
-            else None
-        )
+        self._fps = config.fps or family.sizes_of(model.transformer.config).fps
+        self._tells_fps = family.training.takes_fps
 
     def frames_of(self, stage: Stage, clips: list[int]) -> int:
         """Return the pixel frames of a step, which is one for pictures."""
@@ -444,8 +450,7 @@ class Batches:
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Read the sound of some clips, and draw its noise; None for clips without sound."""
         family, transformer = family_of(self.model.transformer), self.model.transformer
-        assert self._fps is not None, "known of models with sound"
-        length = (frames - 1) * (family.sizes.temporal or 1) + 1
+        length = family.sizes.coding().frames_of(frames)
         tokens = family.sound_tokens(transformer.config, length, self._fps)
         held = [self.cache.sound(clip, tokens) for clip in clips]
         found = [x for x in held if x is not None]
@@ -464,7 +469,7 @@ class Batches:
 
     def _together(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         found = {name: self._put(torch.stack([one[name] for one in each])) for name in each[0]}
-        if self._fps is not None:
+        if self._tells_fps:
             found["fps"] = self._put(torch.full((len(each),), float(self._fps)))
         return found
 

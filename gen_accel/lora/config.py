@@ -971,9 +971,10 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
     if config.sound:
         if config.fps is None:
             yield "sound needs fps, so that clip and sound last equally long: give fps, as 24"
-        for name, asked in (("adapter", "lora"), ("objective", "flow")):
-            if getattr(config, name) != asked:
-                yield f"sound is for {name} {asked}, got {getattr(config, name)}: leave one out"
+        if config.adapter != "lora":
+            yield f"sound is for adapter lora, got {config.adapter}: leave one out"
+        for name in filter(config.is_given, ("student_steps", "teacher_guidance")):
+            yield f"sound is not for {name}, got {getattr(config, name)}: leave one out"
         if config.images:
             yield f"sound is of films, got images {config.images:g}: leave one of them out"
     held = config.held_out

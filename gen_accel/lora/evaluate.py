@@ -45,8 +45,11 @@ from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.sampling import (
     Clip,
+    Sample,
+    arguments,
     filled,
     first_transformer,
+    parameters,
     sample,
     served_family,
 )
@@ -174,14 +177,18 @@ class Validation:
         self.fps = config.fps or 16.0
         if config.fps is None and family.training.takes_fps:
             self.fps = float(family.sizes_of(first_transformer(pipe).config).fps)
+        takes_length = arguments(pipe)["max_tokens"] in parameters(pipe)
         clip = Clip(
             frames=config.validation_frames or config.longest,
             height=config.height,
             width=config.width,
             steps=config.validation_steps,
-            guidance_scale=guidance_of(config),
+            guidance_scale=(
+                config.guidance_scale if family.generation.distilled else guidance_of(config)
+            ),
             fps=self.fps,
-            max_tokens=config.max_tokens,
+            # Some pipelines take texts of any length.
+            max_tokens=config.max_tokens if takes_length else None,
             **(_sampled(config, shift) if family.training.predicts == "flow" else {}),
         )
         self.begins = []  # arguments by which each video begins with a picture
@@ -195,8 +202,7 @@ class Validation:
                 first, last, video = map(held.get, names)
                 given = ConditioningFiles(image=first, last_image=last, video=video)
                 self.begins.append(fit(pipe, clip, open_files(given))[1])
-        arguments = self.begins[0].values if self.begins else ()
-        self.clip = filled(pipe, clip, arguments)
+        self.clip = filled(pipe, clip, self.begins[0].values if self.begins else ())
         assert clip.frames is not None
         is_longer = trained_frames is not None and clip.frames > trained_frames
         self.techniques = config.sample_with if is_longer else ()
@@ -207,7 +213,7 @@ class Validation:
     @property
     def calls(self) -> int:
         """Number of forward passes of all prompts."""
-        each = self.config.validation_steps * (2 if guidance_of(self.config) > 1 else 1)
+        each = self.config.validation_steps * (2 if (self.clip.guidance_scale or 1) > 1 else 1)
         return each * len(self.config.validation_prompts)
 
     @torch.no_grad()
@@ -240,7 +246,7 @@ class Validation:
                 tick = partial(self.tell, i)
                 made = sample(self.pipe, prompt, clip, run=run, inputs=inputs, tick=tick)
             if self.accelerator.is_main_process:
-                self._write(i, made.video, done)
+                self._write(i, made, done)
         self.accelerator.wait_for_everyone()
 
     def lacks(self, done: int) -> bool:
@@ -256,9 +262,9 @@ class Validation:
     def _place(self, done: int) -> Path:
         return self.folder / f"step-{done:06d}"
 
-    def _write(self, i: int, video: np.ndarray, done: int) -> None:
-        place = self._place(done)
-        write_video(video, place / f"{i:02d}.mp4", fps=self.fps)
+    def _write(self, i: int, made: Sample, done: int) -> None:
+        place, video = self._place(done), made.video
+        write_video(video, place / f"{i:02d}.mp4", fps=self.fps, sound=made.sound)
         write_strip(video, place / f"{i:02d}{STRIP}")
         start = self._place(0) / f"{i:02d}.mp4"
         if done and start.exists():

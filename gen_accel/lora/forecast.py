@@ -28,6 +28,7 @@ from gen_accel.attention_processors.families.weights import BYTES, block_names, 
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.demo import NAME
 from gen_accel.demo import model_named as source_named
+from gen_accel.lora.caching.inputs import check_sound
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.memory import (
     RESIDENT,
@@ -393,6 +394,8 @@ class _Costs:
         self.dtype: torch.dtype = getattr(torch, config.precision)
         self.parts, self.unknown = components_of(source, self.subject, self.dtype)
         check_adapter(config, self.subject.model)
+        fps = config.fps if config.sound else None
+        check_sound(self.subject.family, self.subject.model, fps)
         self.method = method_from(config.method, config.settings)
         self.clips = [  # size and steps of each stage, once for each size of clips
             (Size(stage.frames, height, width), stage.steps)

@@ -24,6 +24,8 @@ class ModelToTrain(NamedTuple):
         condition: "text", or "first_frame" where the model is shown each clip's first frame.
         prompts: the validation prompts as `pipe` takes them encoded; None for the text.
         schedule: config of the pipeline's scheduler; None for the published one.
+        sound_shift: shift of the noise levels of sound, if a scheduler of its own has one; None:
+            its levels are the video's.
     """
 
     transformer: "ModelMixin"
@@ -35,6 +37,7 @@ class ModelToTrain(NamedTuple):
     condition: str = "text"
     schedule: Mapping[str, object] | None = None
     prompts: tuple[dict[str, Tensor], ...] | None = None
+    sound_shift: float | None = None
 
 
 def cast_base(transformer: "ModelMixin", config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.student_steps import StudentSteps
-from gen_accel.pipelines.sampler import own_shift
+from gen_accel.pipelines.sampler import own_shift, shifted, unshifted
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -235,6 +235,8 @@ class Objective(nn.Module):
         schedule: config of the pipeline's scheduler; None for the published one.
         loss: error of a prediction; None for the mean squared error.
         steps: of a student of "distill"; None: it is taught each noise level by itself.
+        shifts: of the noise levels that are trained, and of those of the sound; None: the levels
+            of the sound are the video's.
     """
 
     def __init__(
@@ -248,11 +250,12 @@ class Objective(nn.Module):
         schedule: Mapping[str, object] | None = None,
         loss: Loss | None = None,
         steps: StudentSteps | None = None,
+        shifts: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._family, self._kind, self._adapter = family, kind, adapter
-        self._guidance, self._steps = guidance, steps
+        self._guidance, self._steps, self._shifts = guidance, steps, shifts
         self.noising = Noising(family, schedule)
         self._error = Loss() if loss is None else loss
         self._error.check(family)
@@ -271,11 +274,13 @@ class Objective(nn.Module):
         adapter: Adapter,
         schedule: Mapping[str, object] | None = None,
         shift: float = 1.0,
+        sound_shift: float | None = None,
     ) -> "Objective":
         """Take it from a config.
 
         Args:
             shift: of the noise levels that are trained.
+            sound_shift: of those of the sound, if it is another.
         """
         loss = Loss(config.huber, config.weighting, config.min_snr)
         return cls(
@@ -287,6 +292,7 @@ class Objective(nn.Module):
             schedule=schedule,
             loss=loss,
             steps=StudentSteps.of(config, shift),
+            shifts=None if sound_shift is None else (shift, sound_shift),
         )
 
     def forward(self, *fields: Any) -> Tensor:
@@ -294,7 +300,8 @@ class Objective(nn.Module):
 
         With sound it is the sum of both predictions' losses, as in Lightricks' trainer. The target
         is the family's, see `Noising`, or under "distill" the teacher's prediction, of one noise
-        level or of a step of `StudentSteps`.
+        level or of a step of `StudentSteps`. Sound is as noisy as in the pipelines, which step it
+        beside the video.
 
         Args:
             fields: of a `Batch`, one by one, as wrappers of modules look into tuples at most.
@@ -312,20 +319,38 @@ class Objective(nn.Module):
                 partial(self._student, noisy, sigma, conditions, *batch.shown),
                 partial(self._teacher, noisy[:, :, :least], sigma, taught),
             )
+        if batch.sound is not None and batch.sound_noise is not None:
+            return self._loss_with_sound(noisy, batch, taught)
         target = self.noising.target(batch.clean, batch.noise, sigma)
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, taught, batch.uncond_conditions)
-        weights, of_sound = self._error.weights(sigma, self.noising), None
-        if batch.sound is None or batch.sound_noise is None:
-            pred = self._student(noisy, sigma, conditions, *batch.shown)
+        pred = self._student(noisy, sigma, conditions, *batch.shown)
+        return self._video_error(pred, target, batch)
+
+    def _loss_with_sound(self, noisy: Tensor, batch: Batch, taught: dict[str, Tensor]) -> Tensor:
+        """Compute the loss of video and sound."""
+        sound, noise, sigma, level = batch.sound, batch.sound_noise, batch.sigma, batch.sigma
+        assert sound is not None
+        assert noise is not None
+        if self._shifts is not None:
+            own, other = self._shifts
+            level = shifted(unshifted(sigma, own), other)
+        heard = self.noising.mix(sound, noise, level)
+        predict = partial(self._family.predict_heard, self.transformer, noisy, heard, sigma, level)
+        if self._kind == "distill":
+            with torch.no_grad(), self._adapter.teaching():
+                targets = predict(taught)
         else:
-            sound = self.noising.mix(batch.sound, batch.sound_noise, sigma)
-            predict = self._family.predict_heard
-            pred, heard = predict(self.transformer, noisy, sound, sigma, conditions)
-            told = self.noising.target(batch.sound, batch.sound_noise, sigma)
-            of_sound = self._error(heard.float(), told, weights)
-        error = self._error(pred.float(), target.float(), weights, self._counts(pred, batch))
-        return error if of_sound is None else error + of_sound
+            clean = (batch.clean, batch.noise, sigma), (sound, noise, level)
+            targets = tuple(self.noising.target(*one) for one in clean)
+        video, told = predict(batch.conditions)
+        weights = self._error.weights(level, self.noising)
+        of_sound = self._error(told.float(), targets[1].float(), weights)
+        return self._video_error(video, targets[0], batch) + of_sound
+
+    def _video_error(self, pred: Tensor, target: Tensor, batch: Batch) -> Tensor:
+        weights = self._error.weights(batch.sigma, self.noising)
+        return self._error(pred.float(), target.float(), weights, self._counts(pred, batch))
 
     def _loss_of_step(
         self, steps: StudentSteps, batch: Batch, taught: dict[str, Tensor]

@@ -15,7 +15,7 @@ from torch import nn
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.families.pipelines import takes
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
+from gen_accel.attention_processors.lengths import Coding, latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.lora.adapters import read_start
@@ -68,11 +68,17 @@ from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, load
-from gen_accel.pipelines.generation.model_index import index_of, load_part, part_class
+from gen_accel.pipelines.generation.model_index import (
+    index_of,
+    load_part,
+    part_class,
+    places_of,
+)
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.quantising import hollow_of, load_quantised
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_names, check_rule, known_trained_frames
+from gen_accel.pipelines.sampler import SOUND, own_shift
 from gen_accel.process import check_free
 from gen_accel.registry import needed_for
 from gen_accel.video import VideoShape
@@ -153,7 +159,7 @@ def check_cache(config: TrainConfig, pipe: "DiffusionPipeline", latents: LatentC
 def _cache_faults(
     config: TrainConfig, pipe: "DiffusionPipeline", latents: LatentCache
 ) -> Iterator[str]:
-    here, (_, factor) = latents.folder, factors_of(pipe)
+    here, (_, factor) = latents.folder, factors_of(pipe, family_of(getattr(pipe, config.part)))
     wanted = {(height // factor, width // factor) for height, width in config.clip_sizes}
     others = {(entry.height, entry.width) for entry in latents.entries} - wanted
     if others:
@@ -241,6 +247,7 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     """
     source = source_of(config)
     index = index_of(source)
+    places = places_of(index, str(source))
     asked = condition_in(source, config)
     given = ConditioningFiles(
         image=None if asked.condition in (TEXT, CONTROL) else BLACK,
@@ -261,9 +268,9 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> "DiffusionPipeline":
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
-        pipe.vae = load_part(str(source), "vae", index["vae"], torch.float32)
+        pipe.vae = load_part(*places["vae"], index["vae"], torch.float32)
     if config.sound and getattr(pipe, "audio_vae", None) is not None:
-        pipe.audio_vae = load_part(str(source), "audio_vae", index["audio_vae"], torch.float32)
+        pipe.audio_vae = load_part(*places["audio_vae"], index["audio_vae"], torch.float32)
     return pipe
 
 
@@ -273,8 +280,8 @@ def encoders_of(config: TrainConfig, pipe: "DiffusionPipeline") -> Encoders:
     source = source_of(config)
     index = index_of(source)
     kinds = {n: index[n] for n in _text_encoders(index) if getattr(pipe, n, None) is None}
-    dtype = DTYPES[config.precision]
-    texts = TextEncoders(pipe, str(source), kinds, dtype, config.cache_folder)
+    dtype, places = DTYPES[config.precision], places_of(index, str(source))
+    texts = TextEncoders(pipe, places, kinds, dtype, config.cache_folder)
     return encoders._replace(texts=texts if kinds else None)
 
 
@@ -306,11 +313,11 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
     check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
-    if config.sound:
-        check_sound(family_of(transformer), transformer)
-    factor, boundary = factors_of(pipe)[0], pipe.config.get("boundary_ratio")
+    check_student_steps(config, family_of(transformer), pipe.config.get("boundary_ratio"))
+    check_sound(family_of(transformer), transformer, config.fps if config.sound else None)
+    coding, boundary = _coding(config, pipe), pipe.config.get("boundary_ratio")
     if condition != TEXT:
-        _check_given_frames(config, transformer, factor, condition)
+        _check_given_frames(config, transformer, coding, condition)
     elif config.validation_images and config.adapter == "lora":
         raise ValueError(
             f"validation_images are first frames, and {config.model} is trained from text: leave "
@@ -327,7 +334,6 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     if config.init_lora is not None:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, boundary)
-    check_student_steps(config, family_of(transformer), boundary)
     method = method_from(config.method, config.settings)
     lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:
@@ -352,27 +358,34 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     if config.teacher_lora is not None:
         check_teacher(config, transformer, trained)
     if trained is not None:
-        latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
+        latent_frames("trained_frames", trained, coding, temporal_patch(transformer))
     shift = config.shift
     if shift is None:
         longest = grid(config, pipe, config.longest)
         shift = shift_of(pipe.scheduler.config, longest.video_tokens)
+    sound = getattr(pipe, SOUND, None)  # in pipelines that copy the video's there is none
+    if config.sound and sound is not None and config.noise_levels:
+        raise ValueError(
+            f"noise_levels are of the video, and {config.model} steps its sound at others: give "
+            "sampled_steps, and shift, in their place"
+        )
     made = ModelToTrain(
         transformer=transformer,
         pipe=pipe if config.validate_every else None,
-        frames=lambda n: (n - 1) // factor + 1,
+        frames=coding.latents_of,
         trained_frames=trained,
         shift=float(shift),
         boundary=boundary,
         schedule=pipe.scheduler.config,
         condition=condition,
+        sound_shift=own_shift(sound.config) if config.sound and sound is not None else None,
     )
     levels_of(config, made.shift, sigmas_of(config, made))  # refuses levels of the other expert
     return made
 
 
 def _check_given_frames(
-    config: TrainConfig, transformer: "ModelMixin", factor: int, condition: str
+    config: TrainConfig, transformer: "ModelMixin", coding: Coding, condition: str
 ) -> None:
     check_family(family_of(transformer), transformer, condition)
     if config.validation_last_images and condition != LAST_FRAME:
@@ -393,10 +406,10 @@ def _check_given_frames(
     if condition == CONTROL:
         return
     shortest = min(stage.frames for stage in config.curriculum)
-    if shortest <= factor:
+    if shortest < (least := coding.frames_of(2)):
         raise ValueError(
             f"stages must have more than {shortest} frames, which the first frame gives: nothing "
-            f"is left to learn; take {factor + 1} or more"
+            f"is left to learn; take {least} or more"
         )
     if config.images:
         raise ValueError(
@@ -420,12 +433,16 @@ def grid(
     """
     height, width = size or (config.height, config.width)
     clip = Clip(frames=frames, height=height, width=width)
-    factor, patch = factors_of(pipe)[0], temporal_patch(getattr(pipe, config.part))
+    coding, patch = _coding(config, pipe), temporal_patch(getattr(pipe, config.part))
     if patch > 1:  # the pipelines fill up what patches leave
-        latent_frames("frames", frames, factor, patch)
+        latent_frames("frames", frames, coding, patch)
     row = takes(type(pipe).__name__)
     first = (row.image,) if row is not None and row.image else ()
     return token_grid(pipe, filled(pipe, clip, first))
+
+
+def _coding(config: TrainConfig, pipe: "DiffusionPipeline") -> Coding:
+    return factors_of(pipe, family_of(getattr(pipe, config.part)))[0]
 
 
 def check_clips(config: TrainConfig) -> None:

@@ -317,7 +317,7 @@ class StepTracer:
         sound = None
         if self.config.sound:
             fps = float(self.config.fps or 24)
-            length = (sides[0] - 1) * (self.family.sizes.temporal or 1) + 1
+            length = self.family.sizes.coding().frames_of(sides[0])
             heard, text = self.family.tiny_sound(model, length, fps, self.subject.text or 0)
             sound, each = torch.stack([heard] * size), each | text
         conditions = {name: torch.stack([x] * size) for name, x in each.items()}

@@ -106,6 +106,12 @@ def check_student_steps(config: TrainConfig, family: Family, boundary: float | N
             f"{given} the steps of {config.model} go through two transformers, of which a "
             "training holds one: take a model of one"
         )
+    if family.training.needs_sound:
+        raise ValueError(
+            f"{given} {family.models} steps its sound beside the video, at noise levels of its "
+            "own, which such steps leave out: leave it out; LoRAs that others trained for few "
+            "steps load by --lora"
+        )
     if family.training.predicts != "flow":
         raise ValueError(
             f"{given} its steps are those of flow matching, while {family.models} predicts "

@@ -222,7 +222,7 @@ class Trainer:
         share(transformer, self.groups, device)
         kind = config.gradient_checkpointing
         checkpoint_activations(transformer, kind, parts=config.checkpoint_parts)
-        about = model.schedule, model.shift
+        about = model.schedule, model.shift, model.sound_shift
         self.objective = Objective.of(config, transformer, self.adapter, *about)
         cast_training_params([self.objective], dtype=torch.float32)
         cast_base(transformer, config)

@@ -28,6 +28,7 @@ from gen_accel.lora.caching.inputs import (
     TEXT,
     ImageCoder,
     check_family,
+    check_sound,
     condition_for,
     condition_in,
 )
@@ -66,11 +67,12 @@ def _dry_run(config: TrainConfig) -> Trained:
     subject = dry_subject(config.model)
     family, condition = subject.family, _condition(config, subject)
     torch.manual_seed(config.seed)
+    check_sound(family, subject.model, config.fps if config.sound else None)
     tiny = dict(family.training.tiny) | {family.training.depth: config.dense_layers + 2}
     if condition != TEXT:
         tiny |= _from_frame(family, subject.config)
     transformer: ModelMixin = getattr(diffusers, type(subject.model).__name__)(**tiny)
-    factor, patch = family.sizes.temporal or 1, patch_of(transformer.config)
+    coding, patch = family.sizes.coding(), patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
     method = method_from(config.method, config.settings)
@@ -79,7 +81,9 @@ def _dry_run(config: TrainConfig) -> Trained:
 
     lengths = sorted({stage.frames for stage in config.curriculum})
     least = [max(pair) for pair in zip(SMALL, method.least_grid, strict=True)]
-    short = {frames: factor * (i + least[0] - 1) + 1 for i, frames in enumerate(lengths)}
+    short = {
+        frames: coding.frames_of(i * coding.latents + least[0]) for i, frames in enumerate(lengths)
+    }
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1, epochs=0))
         for stage in config.curriculum
@@ -124,7 +128,7 @@ def _dry_run(config: TrainConfig) -> Trained:
         model = ModelToTrain(
             transformer=transformer,
             pipe=None,
-            frames=lambda n: (n - 1) // factor + 1,
+            frames=coding.latents_of,
             trained_frames=5,
             shift=config.shift or 1.0,
             condition=condition,

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -33,19 +33,21 @@ from gen_accel import registry
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from torch import Tensor
     from typing_extensions import Self
 
+Level = TypeVar("Level", float, "Tensor")
 H3, SOUND = "MiniMaxH3Scheduler", "audio_scheduler"
 EXACT = "Exact"  # begins the name of a scheduler of this module
 WASTED = 0.5  # share of its exact level below which a last step is called wasted
 
 
-def shifted(level: float, shift: float) -> float:
-    """Shift a noise level towards 1."""
+def shifted(level: Level, shift: float) -> Level:
+    """Shift a noise level, or a tensor of some, towards 1."""
     return shift * level / (1 + (shift - 1) * level)
 
 
-def unshifted(level: float, shift: float) -> float:
+def unshifted(level: Level, shift: float) -> Level:
     """Return the noise level that `shifted` moves to this one."""
     return level / (shift - (shift - 1) * level)
 

@@ -1,7 +1,9 @@
 """Every family that trains, held to its pipeline: what is encoded, predicted and learned."""
 
+import re
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +11,14 @@ from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from safetensors.torch import load_file
 from support import finetuning as ft
-from support.clips import footage
+from support.clips import footage, sounding, tone
 from support.runs import WEIGHTS
 from support.tiny import Training, cogvideox, hunyuan_video15, trainings
 from torch import Tensor
 
 from gen_accel import extend
 from gen_accel.attention_processors.families import FAMILIES, Family, family_named
-from gen_accel.attention_processors.lengths import vae_factor
+from gen_accel.attention_processors.lengths import Coding, vae_factor
 from gen_accel.lora import TrainConfig, dry_run
 from gen_accel.lora.batches import SIGMAS
 from gen_accel.lora.caching.encode import cache
@@ -80,14 +82,14 @@ class Case:
         return torch.rand((1, 3, *sizes.values()), generator=g) * 2 - 1
 
     @property
-    def factors(self) -> tuple[int, int]:
-        return vae_factor(self.pipe, "temporal"), vae_factor(self.pipe, "spatial")
+    def coding(self) -> Coding:
+        return self.family.sizes.coding(vae_factor(self.pipe, "temporal"))
 
     def latents(self, seed: int) -> Tensor:
-        time, space = self.factors
+        space = vae_factor(self.pipe, "spatial")
         frames, height, width = self.training.size
         channels = self.family.latent_channels(self.pipe.transformer.config)
-        shape = (1, channels, (frames - 1) // time + 1, height // space, width // space)
+        shape = (1, channels, self.coding.latents_of(frames), height // space, width // space)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def fed(self, latents: Tensor) -> Tensor:
@@ -97,7 +99,21 @@ class Case:
         return (self.training.starts or self.training.lay)(latents)
 
     def said(self, predicted: Tensor) -> Tensor:
-        return self.training.lay((self.training.said or (lambda x: x))(predicted))
+        return (self.training.said or self.training.lay)(predicted)
+
+    def predict(self, noisy: Tensor, level: Tensor, conditions, theirs) -> Tensor:
+        """What the training predicts for the video, with the sound of the pipeline's call."""
+        model = self.pipe.transformer
+        if self.training.heard is None:
+            return self.family.predict(model, noisy, level, conditions)
+        sound = self.training.heard(theirs)
+        return self.family.predict_heard(model, noisy, sound[0], level, sound[1], conditions)[0]
+
+    @property
+    def sound(self):
+        """Fields of a training, of a cache too, with sound where the model needs some."""
+        needs = self.family.training.needs_sound
+        return {"sound": True, "fps": self.family.sizes.fps} if needs else {}
 
 
 def name_of(one: tuple[str, Training]) -> str:
@@ -117,7 +133,7 @@ def test_every_family_that_trains_is_here():
     for name in trained:
         assert family_named(name).training.tiny
         assert family_named(name).tiny_conditions is not None
-        assert family_named(name).sizes.text is not None
+        assert family_named(name)._text(None)
 
 
 # What is encoded
@@ -135,7 +151,7 @@ def test_the_pipeline_decodes_the_latents_of_a_video(case, monkeypatch):
     assert latents.shape == case.latents(0).shape
     assert not latents.requires_grad
     with torch.no_grad():
-        raw = case.pipe.vae.encode(video).latent_dist.mode()
+        raw = case.pipe.vae.encode(case.training.coloured(video)).latent_dist.mode()
 
     def step(predicted, timestep, sample, **kwargs):
         made = case.training.lay(latents)
@@ -156,7 +172,8 @@ def test_the_pipeline_decodes_the_latents_of_a_video(case, monkeypatch):
     pixels = case.family.decode_video(case.pipe, latents)
     assert pixels.shape == video.shape
     assert pixels.std() > 1e-3
-    torch.testing.assert_close(pixels, shown[:, :, -pixels.shape[2] :], atol=1e-4, rtol=1e-4)
+    shown = shown[:, :, -pixels.shape[2] :]
+    torch.testing.assert_close(case.training.coloured(pixels), shown, atol=1e-4, rtol=1e-4)
 
 
 def test_latents_are_drawn_from_the_posterior(case):
@@ -172,17 +189,20 @@ def test_latents_are_drawn_from_the_posterior(case):
 
 
 def test_the_first_latents_are_those_of_the_beginning_where_it_is_said(case):
-    time, _ = case.factors
-    long = case.family.encode_video(case.pipe, case.pixels(6 * time + 1))
-    short = case.family.encode_video(case.pipe, case.pixels(6 * time + 1)[:, :, : 3 * time + 1])
-    assert short.shape[2] == 4
-    apart = (long[:, :, :4] - short).abs().max() / long.abs().max()
+    coding = case.coding
+    lengths = [coding.first + chunks * coding.frames for chunks in (3, 6)]
+    video = case.pixels(lengths[1])
+    long = case.family.encode_video(case.pipe, video)
+    short = case.family.encode_video(case.pipe, video[:, :, : lengths[0]])
+    assert short.shape[2] == coding.base + 3 * coding.latents
+    apart = (long[:, :, : short.shape[2]] - short).abs().max() / long.abs().max()
     if case.family.training.causal_vae:
         assert apart < 1e-4
     else:
         assert apart > 0.01
-    with pytest.raises(ValueError, match=rf"{time} n \+ 1 frames, got {2 * time}"):
-        case.family.encode_video(case.pipe, case.pixels(2 * time))
+    wrong = 2 * coding.frames
+    with pytest.raises(ValueError, match=f"{re.escape(coding.rule)} frames, got {wrong}"):
+        case.family.encode_video(case.pipe, case.pixels(wrong))
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(case):
@@ -210,7 +230,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(case):
 
 def test_prompts_have_the_pipelines_length_unless_told_otherwise(case):
     found = case.family.encode_prompt(case.pipe, [PROMPT])
-    assert next(iter(found.values())).shape[1] == case.family.sizes.text
+    assert next(iter(found.values())).shape[1] == (case.family.sizes.text or 512)
 
 
 # What the transformer is given
@@ -244,15 +264,14 @@ def unlaid(case, given: Tensor) -> Tensor:
 def test_predict_is_the_call_of_the_pipeline(case):
     calls, _ = case.calls(case.run)
     assert len(calls) == 2
-    model, family = case.pipe.transformer, case.family
-    conditions = family.encode_prompt(case.pipe, [PROMPT], case.training.tokens)
+    conditions = case.family.encode_prompt(case.pipe, [PROMPT], case.training.tokens)
     for args, theirs, out in calls:
         assert not args
         noisy = unlaid(case, theirs["hidden_states"])
         level = case.training.level(theirs["timestep"])
         more = {"guidance": theirs["guidance"]} if "guidance" in theirs else {}
         ((mine, ours, again),), predicted = case.calls(
-            family.predict, model, noisy, level, conditions | more
+            case.predict, noisy, level, conditions | more, theirs
         )
         ours |= dict(zip(("hidden_states",), mine, strict=False))
         ignored = {"return_dict", "attention_kwargs", *case.training.apart}
@@ -405,7 +424,7 @@ def test_clips_that_leave_half_a_patch_are_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
         model_of(config(case, tmp_path, stages=("17:2",)), case.pipe)
     with pytest.raises(ValueError, match=message):
-        cache(case.pipe, clips(case), tmp_path, frames=[17], sizes=[(32, 48)], device="cpu")
+        cache(case.pipe, clips(case, tmp_path), tmp_path, frames=[17], sizes=[(32, 48)])
 
 
 def test_a_model_from_image_to_video_is_refused(tmp_path):
@@ -419,12 +438,19 @@ def test_a_model_from_image_to_video_is_refused(tmp_path):
 # Training
 
 
-def clips(case) -> list[CaptionedVideo]:
+def clips(case, folder: Path) -> list[CaptionedVideo]:
+    """Two clips, in files with sound where the model needs some."""
     frames, height, width = case.training.size
-    return [
-        CaptionedVideo(f"clip {i}", PROMPT, footage(frames, height, width, seed=i))
-        for i in range(2)
-    ]
+    found = [footage(frames, height, width, seed=i) for i in range(2)]
+    if case.sound:
+        folder.mkdir(exist_ok=True)
+        rate, fps = 32_000, round(case.family.sizes.fps)
+        heard = [tone(frames / fps, rate, pitch) for pitch in (440.0, 330.0)]
+        found = [
+            sounding(folder / f"{i}.mkv", *both, rate, fps)
+            for i, both in enumerate(zip(found, heard, strict=True))
+        ]
+    return [CaptionedVideo(f"clip {i}", PROMPT, one) for i, one in enumerate(found)]
 
 
 def config(case, out, **fields) -> TrainConfig:
@@ -439,6 +465,8 @@ def config(case, out, **fields) -> TrainConfig:
         "trained_frames": frames,
         "checkpoint_every": 1,
         "alpha": 3.0,
+        **case.sound,
+        **({"caption_dropout": 0.0} if case.family.generation.distilled else {}),
     }
     return ft.config(out, **(small | fields))
 
@@ -448,12 +476,13 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
     frames, height, width = case.training.size
     report = cache(
         case.pipe,
-        clips(case),
+        clips(case, tmp_path / "clips"),
         tmp_path / "cache",
         frames=[frames],
         sizes=[(height, width)],
         max_tokens=case.training.tokens,
         device="cpu",
+        **case.sound,
     )
     assert report.reconstruction is not None
     assert all(0 < one < 30 for one in report.reconstruction.psnr.values())  # untrained
@@ -490,9 +519,13 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
 def test_a_dry_run_of_its_published_model(name):
     family = family_named(name)
     model = next(iter(FAMILIES[name].published.values())).repository
-    frames = 8 * family.sizes.temporal + 1
+    frames = family.sizes.coding().frames_of(9)
     side = 2 * family.sizes.spatial
     fields = {"height": 4 * side, "width": 4 * side, "stages": (f"{frames}:2",)}
+    if family.training.needs_sound:
+        fields |= {"sound": True, "fps": family.sizes.fps}
+    if family.generation.distilled:
+        fields["caption_dropout"] = 0.0
     done = dry_run(TrainConfig(model=model, method="dense", **fields))
     assert len(done.losses) == 2
     assert all(0 < loss < 100 for loss in done.losses)
@@ -546,16 +579,15 @@ def test_interpolated_positions_are_the_pipelines_own_between_frames(case):
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "none"])
 def test_a_rule_acts_on_longer_clips_alone_and_leaves_no_trace(case, rule):
-    time, _ = case.factors
-    p = patch(case)
-    short, long = ((n * p - 1) * time + 1 for n in (2, 8))
+    short, long = (case.coding.frames_of(n * patch(case)) for n in (2, 8))
     given = {"num_frames": long, "trained_frames": short}
     if rule not in case.training.rules:
-        with pytest.raises(ValueError, match=r"take (window_noise|position_interpolation)"):
+        why = r"take (window_noise|position_interpolation)|no longer video for|no rules on rotary"
+        with pytest.raises(ValueError, match=why):
             extend(case.pipe, rule, **given)
-        with pytest.raises(ValueError, match=r"take (window_noise|position_interpolation)"):
+        with pytest.raises(ValueError, match=why):
             apply_rule(case.pipe.transformer, rule, frames=8, trained=2)
-        with pytest.raises(ValueError, match=r"take (window_noise|position_interpolation)"):
+        with pytest.raises(ValueError, match=why):
             model_of(config(case, "unused", stages=(f"{long}:2:{rule}",)), case.pipe)
         return
     lengths = {"num_frames": short}, {"num_frames": long}

@@ -8,6 +8,7 @@ from support import finetuning as ft
 from support import wan
 from support.clips import footage
 
+from gen_accel.attention_processors.lengths import Coding
 from gen_accel.lora import trainer
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.inputs import reduce_mask
@@ -94,21 +95,34 @@ class TestFound:
 class TestReduced:
     def test_pixels_and_frames_of_a_latent(self):
         """The first latent is the first frame."""
-        found = reduce_mask(half(), (4, 8))
+        found = reduce_mask(half(), (Coding(4), 8))
         assert found.shape == (3, 4, 8)
         assert torch.equal(found[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(4, 8))
         assert torch.equal(found[1, :, 4:], torch.zeros(4, 4))
         assert torch.equal(found[2], torch.ones(4, 8))
         one = np.zeros((5, 8, 8, 3), np.uint8)
         one[1, 0, 0] = 255
-        assert torch.allclose(reduce_mask(one, (4, 8)).flatten(), torch.tensor([0, 1 / 256]))
+        found = reduce_mask(one, (Coding(4), 8)).flatten()
+        assert torch.allclose(found, torch.tensor([0, 1 / 256]))
+
+    def test_chunks_of_several_latents(self):
+        """Of MiniMax-H3: the first latent of each chunk is one frame."""
+        coding = Coding(17, 5, first=5, base=2)
+        assert coding.spans(39) == [1, 4, 4, 4, 4] * 2 + [1, 4]
+        assert coding.latents_of(39) == 12
+        assert [coding.frames_of(n) for n in (1, 2, 3, 7, 8)] == [5, 5, 22, 22, 39]
+        film = np.zeros((39, 8, 8, 3), np.uint8)
+        film[17] = 255
+        film[38] = 255
+        found = reduce_mask(film, (coding, 8)).flatten()
+        assert found.tolist() == [0] * 5 + [1] + [0] * 5 + [0.25]
 
     def test_in_the_cache(self, clips, tmp_path):
         encoded(clips, tmp_path / "cache")
         held = LatentCache(tmp_path / "cache")
         film, picture, none = (held.mask(i, 3) for i in range(3))
         assert held.latents(0).shape[1:] == film.shape[1:]
-        torch.testing.assert_close(film[0], reduce_mask(half(), (4, 8)), atol=0.03, rtol=0)
+        torch.testing.assert_close(film[0], reduce_mask(half(), (Coding(4), 8)), atol=0.03, rtol=0)
         assert picture[0, :, 0].min() > 0.9
         assert picture[0, :, 3].max() < 0.1
         assert torch.equal(none, torch.ones(1, 3, 4, 8))

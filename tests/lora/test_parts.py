@@ -34,7 +34,7 @@ GRID = (3, 4, 6)
 TEXT = 6
 LAYERS = 3
 TRAINED = [name for name in FAMILIES if family_named(name).serves("training")]
-ROUNDED = ("wan", "hunyuan_video", "mochi", "ltx2")
+ROUNDED = ("wan", "hunyuan_video", "mochi", "ltx2", "minimax_h3")
 FORM = {"hunyuan_video": ("HunyuanVideoSingleTransformerBlock",)}  # blocks of another form
 
 
@@ -83,7 +83,12 @@ class Tiny:
                 first.register_forward_hook(lambda *_, name=site.name: count.update([name]))
             )
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            out = family.predict(model, noisy, torch.full((1,), 0.5), given)
+            level = torch.full((1,), 0.5)
+            if family.training.needs_sound:
+                sound = family.tiny_sound(model.config, GRID[0], family.sizes.fps, TEXT)[0][None]
+                out, _ = family.predict_heard(model, noisy, sound, level, level, given)
+            else:
+                out = family.predict(model, noisy, level, given)
         out.float().square().mean().backward()
         for hook in hooks:
             hook.remove()

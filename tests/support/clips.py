@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import av
 import numpy as np
 
 from gen_accel.lora.data.clips import CaptionedVideo
@@ -25,6 +26,35 @@ def ramp(frames=30, height=32, width=48):
 def levels(video):
     """Of a `ramp`, the numbers of its frames."""
     return np.round(video.mean((1, 2, 3)) / STEP).astype(int).tolist()
+
+
+def tone(seconds: float, rate: int, pitch: float = 440.0) -> np.ndarray:
+    """(2, N) float32, the right channel at half the volume."""
+    wave = np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate) * 0.5
+    return np.stack([wave, wave / 2]).astype(np.float32)
+
+
+def sounding(
+    path: Path, frames: np.ndarray, sound: np.ndarray | None, rate: int, fps: int = 24
+) -> Path:
+    """Write a film without loss, of frames (F, H, W, 3) uint8 and of sound (2, N)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        heard = None
+        if sound is not None:
+            heard = container.add_stream("pcm_s16le", rate=rate, layout="stereo")
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if heard is not None and sound is not None:
+            samples = np.round(sound.T * 32767).astype(np.int16).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="stereo")
+            frame.rate, frame.pts = rate, 0
+            container.mux(heard.encode(frame))
+            container.mux(heard.encode(None))
+    return path
 
 
 def refuse(*args, **kwargs):

@@ -45,6 +45,7 @@ from gen_accel.attention_processors.families.sites import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.lengths import Coding
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.registry import FIRST, KINDS, LAST, VIDEO
 from gen_accel.served import FAMILIES
@@ -80,8 +81,7 @@ class Sizes:
         fps: frames a second, if their pipelines take none.
         text: tokens that the pipelines bring every prompt to, unless told otherwise.
         first_alone: the first latent is of one frame; otherwise of as many as the others.
-        chunks: (c, l, a, b) of an autoencoder that codes chunk by chunk, a + c n frames to
-            b + l n latents; then `temporal` is None.
+        chunks: of an autoencoder with several latents in a chunk; then `temporal` is None.
     """
 
     temporal: int | None = None
@@ -90,7 +90,16 @@ class Sizes:
     fps: float = 16
     text: int | None = None
     first_alone: bool = True
-    chunks: tuple[int, int, int, int] | None = None
+    chunks: Coding | None = None
+
+    def coding(self, temporal: int | None = None) -> Coding:
+        """The coding of an autoencoder.
+
+        Args:
+            temporal: frames in a latent, all but the first; None for those of the sizes.
+        """
+        step = temporal or self.temporal or 1
+        return self.chunks or Coding(step, first=1 if self.first_alone else step)
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,7 @@ class Training:
         last_frame: and from the first and the last one.
         control: they are trained with a control video beside each clip, if `needs_control`.
         sound: they make sound beside the video, and also train on the clips' own.
+        needs_sound: they do not train without it.
         tiny: config of a model as small as can be, for dry runs, without its number of blocks;
             {}: no training.
         from_frame: entries of `tiny` for given frames or a control video, each for a model that
@@ -186,6 +196,7 @@ class Training:
     last_frame: bool = False
     control: bool = False
     sound: bool = False
+    needs_sound: bool = False
     tiny: Entries = field(default_factory=dict)
     from_frame: Entries = field(default_factory=dict)
     depth: str = "num_layers"
@@ -548,8 +559,8 @@ class Family:
 
     @torch.no_grad()
     def encode_sound(self, pipe: "DiffusionPipeline", sound: Tensor) -> Tensor:
-        """Latents (tokens, D) as the transformer takes them, float32 on the autoencoder's device,
-        of sound in stereo, (2, N) in [-1, 1]."""
+        """Latents (tokens, D) as `predict_heard` takes them, float32 on the autoencoder's device,
+        in the order of time, of sound in stereo, (2, N) in [-1, 1]."""
         raise ValueError(f"no training with sound for {self.models}")
 
     @torch.no_grad()
@@ -560,11 +571,18 @@ class Family:
         raise ValueError(f"no training with sound for {self.models}")
 
     def predict_heard(
-        self, transformer: Model, noisy: Tensor, sound: Tensor, sigma: Tensor, conditions: Given
+        self,
+        transformer: Model,
+        noisy: Tensor,
+        sound: Tensor,
+        sigma: Tensor,
+        of_sound: Tensor,
+        conditions: Given,
     ) -> tuple[Tensor, Tensor]:
         """Predict as `predict`, for the video and for its noisy sound (B, tokens, D).
 
         Args:
+            of_sound: noise levels of the sound (B,).
             conditions: from `encode_heard_prompt`.
         """
         raise ValueError(f"no training with sound for {self.models}")

@@ -1,8 +1,8 @@
-"""Mochi 1, Motif-Video and MiniMax-H3, whose video and text attend jointly."""
+"""Mochi 1 and Motif-Video, whose video and text attend jointly."""
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from gen_accel.attention_processors.families.sites import (
     Model,
     SelfAttention,
     image_sites,
-    outside_graphs,
     prefix_lengths,
 )
 from gen_accel.attention_processors.seam import Call
@@ -243,80 +242,3 @@ def _decoded(tokens: Tokens, call: Call) -> Tokens:
     """Tokens of the last blocks, which decode."""
     video = tokens.video
     return Tokens(VideoShape(*video.grid, text=video.video_tokens))
-
-
-def _canvas(pipe: Any, height: int, width: int) -> tuple[int, int]:
-    """Height and width of MiniMax-H3's videos from a picture of this shape."""
-    from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canvas_size
-
-    most = pipe.config.canvas_short_edge, pipe.config.canvas_max_pixels
-    return resolve_canvas_size(width, height, pipe.canvas_multiple, *most)
-
-
-class MiniMaxH3(Family):
-    """One attention runs over one packed sequence: text, key frames or references, sound, and last
-    the video in raster order, all else before it. The refiner of the text, which attends over the
-    text alone, is left as it is. Video comes with sound."""
-
-    models = "MiniMax-H3"
-    order = "text, key frames or references, sound, video"
-    # 17 frames are 5 latents, and the last 3 of a clip are left out: 124 frames are 37.
-    sizes = Sizes(spatial=16, frames=124, fps=24, chunks=(17, 5, 5, 2))
-    attention = Attention(text="before", rising=True)
-    generation = Generation(least_steps=2, distilled=True, sound=True)
-    presets = {"MiniMax-H3": PublishedModel(33.1)}
-    pipelines = {
-        "MiniMaxH3ModularPipeline": PipelineInputs(
-            "minimax_h3",
-            image="image",
-            last_image="last_image",
-            video="references",
-            alone=True,
-            role="reference",
-            by="minimax_h3",
-            size=_canvas,
-            multiple=32,
-            model="MiniMaxAI/MiniMax-H3",
-        )
-    }
-    parts = {
-        "text_encoder": "qwen3-vl-32b",
-        "vae": "minimax-h3-video",  # many calls of a transformer, which take long to trace
-        "audio_vae": "minimax-h3-sound",
-    }
-
-    def layers(self, transformer: Model) -> Layers:
-        return Layers(
-            {
-                r"time|adaln|norm": "one",
-                r"context_embedder|refiner": "text",
-                r"audio_proj_in": "sound",
-                r"^proj_in": "video",
-            },
-            {
-                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
-            },
-            beside="text + sound",
-            default="video + text + sound",
-            uncounted="the sound, and key frames or references",
-        )
-
-    @outside_graphs
-    def tokens(self, transformer: Model, given: Given) -> Tokens:
-        """The grid of the video, which comes after the sound, read from the positions of its
-        tokens, and the runs of words, pictures and sound before it. Waits for the device."""
-        start = int(given["audio_indices"].max()) + 1
-        times, rows, _ = given["position_ids"][start:].unbind(1)
-        in_frame = times == times[0]
-        in_row = in_frame & (rows == rows[0])
-        frame, width = int(in_frame.sum()), int(in_row.sum())
-        grid = len(times) // frame, frame // width, width
-        kinds = torch.zeros(len(given["position_ids"]), dtype=torch.int, device=times.device)
-        kinds[given["video_indices"]], kinds[given["audio_indices"]] = 1, 2
-        runs = kinds[:start].unique_consecutive(return_counts=True)[1]
-        return Tokens(VideoShape(*grid, start, tuple(runs.tolist())), start)
-
-    def timestep(self, given: Given) -> Tensor:
-        """(1,), read at the last token, which is the video's. It rises from 0 to 1, for a clean
-        video."""
-        return given["timestep"][given["timestep_indices"][-1:]]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.sites import Model
+from gen_accel.attention_processors.lengths import Coding, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,16 +20,24 @@ LAST_FRAME, LAST_IS_GIVEN = "last_frame", "last_frame_is_given"
 CONTROL = "control"  # condition of `predict`: latents of a control video
 
 
-def encoded(pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None) -> Tensor:
+def encoded(
+    pipe: "DiffusionPipeline",
+    video: Tensor,
+    generator: torch.Generator | None,
+    coding: Coding | None = None,
+) -> Tensor:
     """Encode a video by the autoencoder, to float32 latents that are not yet scaled; see
-    `Family.encode_video`."""
-    from gen_accel.attention_processors.lengths import vae_factor
+    `Family.encode_video`.
 
+    Args:
+        coding: the autoencoder's; None: as the pipeline says.
+    """
     vae, step = pipe.vae, vae_factor(pipe, "temporal")
-    if step is None:
+    if coding is None and step is None:
         raise ValueError(f"{type(pipe).__name__} does not say how many frames a latent has")
-    if (video.shape[2] - 1) % step:
-        raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
+    rule = coding or Coding(step or 1)
+    if not rule.codes(video.shape[2]):
+        raise ValueError(f"video must have {rule.rule} frames, got {video.shape[2]}")
     weight = next(vae.parameters())
     posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)

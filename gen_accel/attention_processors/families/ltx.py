@@ -519,9 +519,16 @@ class LTX2(LTXBlocks):
         return self._both(transformer, noisy, silence, sigma, told, isolate_modalities=True)[0]
 
     def predict_heard(
-        self, transformer: Model, noisy: Tensor, sound: Tensor, sigma: Tensor, conditions: Given
+        self,
+        transformer: Model,
+        noisy: Tensor,
+        sound: Tensor,
+        sigma: Tensor,
+        of_sound: Tensor,
+        conditions: Given,
     ) -> tuple[Tensor, Tensor]:
-        """Predict the velocities of video and sound at one noise level, as the pipelines do."""
+        """Predict the velocities of video and sound at one noise level, as the pipelines do: that
+        of the sound is `sigma` too."""
         mask = conditions["encoder_attention_mask"]
         told = {**conditions, "audio_encoder_attention_mask": mask}
         return self._both(transformer, noisy, sound.to(noisy.dtype), sigma, told)

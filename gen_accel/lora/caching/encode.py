@@ -7,7 +7,12 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
+from gen_accel.attention_processors.lengths import (
+    latent_frames,
+    nearest,
+    patch_of,
+    temporal_patch,
+)
 from gen_accel.io import clear_partial
 from gen_accel.lora.caching.chunks import CacheFields, CacheOptions, ClipChunk
 from gen_accel.lora.caching.encoders import (
@@ -207,16 +212,16 @@ def _digests(run: Encoding, done: Sequence[ClipChunk]) -> dict[str, str]:
 
     With a causal autoencoder the hash is the same if clips are encoded at a longer length.
     """
-    time, causal = factors_of(run.encoders.pipe)[0], run.causal
-    hashes = {(length - 1) // time + 1: hashlib.sha256() for length in run.options.frames}
+    coding, _ = factors_of(run.encoders.pipe, run.encoders.family)
+    hashes = {coding.latents_of(length): hashlib.sha256() for length in run.options.frames}
     for chunk in done:
         video, entry = chunk.video, chunk.entry
-        latents = chunk.source if causal else entry.latent_key
+        latents = chunk.source if run.causal else entry.latent_key
         keys = [key for key in entry.keys if key != entry.latent_key]
         shown = [video.name, video.repeats, video.is_picture]
         seen = hash_of([*shown, chunk.size, keys, latents]).encode()
         for frames, digest in hashes.items():
-            fits = entry.frames >= frames if causal else entry.frames == frames
+            fits = entry.frames >= frames if run.causal else entry.frames == frames
             if fits or video.is_picture:  # pictures train in any stage
                 digest.update(seen)
     return {str(frames): digest.hexdigest() for frames, digest in hashes.items()}
@@ -239,18 +244,16 @@ def _check_fit(encoders: Encoders, options: CacheOptions) -> None:
             "and lengths of 1 frame out, or take condition text"
         )
     pipe, config = encoders.pipe, encoders.transformer.config
-    if options.sound:
-        check_sound(encoders.family, encoders.transformer)
+    check_sound(encoders.family, encoders.transformer, options.fps if options.sound else None)
     check_trained(encoders.family, type(pipe).__name__, config)
-    time, space = factors_of(pipe)
+    coding, space = factors_of(pipe, encoders.family)
     for length in options.frames:
-        if (length - 1) % time:
-            below = (length - 1) // time * time + 1
+        if not coding.codes(length):
+            near = " or ".join(map(str, nearest(length, coding.frames, coding.first)))
             raise ValueError(
-                f"frames must be {time} n + 1 for this autoencoder, got {length}; nearest: "
-                f"{below} or {below + time}"
+                f"frames must be {coding.rule} for this autoencoder, got {length}; nearest: {near}"
             )
-        latent_frames("frames", length, time, temporal_patch(encoders.transformer))
+        latent_frames("frames", length, coding, temporal_patch(encoders.transformer))
     patches = patch_of(config)[1:]
     for size in options.sizes:
         if any(side % (space * step) for side, step in zip(size, patches, strict=True)):

@@ -13,19 +13,22 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import Given, classes_for, family_of
-from gen_accel.attention_processors.lengths import vae_factor
-from gen_accel.hub import fetched
+from gen_accel.attention_processors.lengths import Coding, vae_factor
 from gen_accel.io import read_fields, write_json
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, find_device
 from gen_accel.pipelines.generation.model_index import (
-    check_index,
     check_model,
+    index_of,
     load_part,
+    options_in,
     part_class,
+    parts_in,
     pipeline_class,
+    places_of,
 )
+from gen_accel.pipelines.generation.of_blocks import is_of_blocks
 from gen_accel.pipelines.generation.quantising import hollow_of
 from gen_accel.registry import needed_for
 
@@ -48,7 +51,7 @@ class TextEncoders:
 
     Args:
         pipe: pipeline that gets them.
-        source: folder or hub repository of the pipeline.
+        places: where the parts of the pipeline lie, see `places_of`.
         kinds: library and class of each, by its name in the pipeline.
         folder: folder of the cache.
     """
@@ -56,18 +59,18 @@ class TextEncoders:
     def __init__(
         self,
         pipe: "DiffusionPipeline",
-        source: str,
+        places: Mapping[str, tuple[str, str]],
         kinds: Mapping[str, Sequence[str]],
         dtype: torch.dtype,
         folder: Path,
     ) -> None:
-        self._pipe, self._source, self._kinds = pipe, source, kinds
+        self._pipe, self._places, self._kinds = pipe, places, kinds
         self._dtype, self._file = dtype, folder / RECORD
 
     def load(self) -> None:
         for name, kind in self._kinds.items():
             if getattr(self._pipe, name) is None:
-                setattr(self._pipe, name, load_part(self._source, name, kind, self._dtype))
+                setattr(self._pipe, name, load_part(*self._places[name], kind, self._dtype))
 
     def states(self) -> dict[str, str]:
         """Hash each encoder, as `model_state` does, or read its hash from the record."""
@@ -91,11 +94,12 @@ class TextEncoders:
 
     def _stamp(self, name: str) -> str | None:
         """Hash names, sizes and dates of an encoder's files; None if they are not here."""
-        folder = Path(self._source) / name
-        if not Path(self._source).exists():
+        source, place = self._places[name]
+        folder = Path(source) / place
+        if not Path(source).exists():
             from huggingface_hub import try_to_load_from_cache
 
-            config = try_to_load_from_cache(self._source, f"{name}/config.json")
+            config = try_to_load_from_cache(source, f"{place}/config.json")
             if not isinstance(config, str):
                 return None
             folder = Path(config).parent
@@ -158,7 +162,7 @@ def load_encoders(
 
     Args:
         device: device to encode on.
-        dtype: "auto" is float32 for the autoencoder and, on a GPU, bfloat16 for the others.
+        dtype: "auto" is float32 for the autoencoders and, on a GPU, bfloat16 for the others.
 
     Raises:
         ValueError: a model that `check_model` or `check_index` refuses, a class that no family
@@ -175,40 +179,41 @@ def load_encoders(
         if transformer is None:
             raise ValueError(f"{type(pipe).__name__} has no transformer, which names its family")
         return Encoders(pipe, transformer, find_device(device))
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {shown(dtype)}")
     check_model(model_or_pipe)
     target = find_device(device)
     folder = expanded(model_or_pipe)
     source = str(folder if folder.exists() else model_or_pipe)
-    if not folder.exists():
-        fetched(source, "model_index.json")
+    index: Any = index_of(model_or_pipe)
+    made = pipeline_class(index["_class_name"])
+    if not folder.exists() and not is_of_blocks(made):
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
         source = str(DiffusionPipeline.download(source))
     # `from_pretrained` with transformer=None would load an optional transformer nevertheless.
-    index: Any = DiffusionPipeline.load_config(source)
-    check_index(index, source)
-    found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
+    found, places = parts_in(index, source), places_of(index, source)
     stages = [name for name in index if name.startswith("transformer")]
     own = DTYPES.get(dtype, torch.float32)
     texts = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
     parts = {
-        name: load_part(source, name, kind, own if name == "vae" else texts)
+        name: load_part(*places[name], kind, own if name.endswith("vae") else texts)
         for name, kind in found.items()
         if name not in stages
     }
-    scalars = {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
-    made = pipeline_class(index["_class_name"])
-    pipe = made(**parts, **dict.fromkeys(stages), **scalars)
+    options = options_in(index)
+    if is_of_blocks(made):
+        pipe = made.of_parts(options, parts)
+    else:
+        pipe = made(**parts, **dict.fromkeys(stages), **options)
     pipe.set_progress_bar_config(disable=True)
-    part = next(name for name in stages if name in found)
+    part = next(name for name in (*TRANSFORMERS, *stages) if name in found)
     kind = part_class(found[part], part)
     served = classes_for("training")
     if kind.__name__ not in served:
         raise ValueError(f"no training for {kind.__name__}; served: {', '.join(served)}")
     with needed_for("encoding clips", extra="train"):
-        transformer = hollow_of(kind, source, part)
+        transformer = hollow_of(kind, *places[part])
     return Encoders(pipe, transformer, target)
 
 
@@ -225,15 +230,15 @@ def on_device(models: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             model.to(home)
 
 
-def factors_of(pipe: "DiffusionPipeline") -> tuple[int, int]:
-    """Return how many frames, and pixels a side, are in a latent of a pipeline.
+def factors_of(pipe: "DiffusionPipeline", family: "Family") -> tuple[Coding, int]:
+    """Return how frames are coded to latents, and how many pixels a side are in one.
 
     Raises ValueError for a pipeline that does not say.
     """
     time, space = vae_factor(pipe, "temporal"), vae_factor(pipe, "spatial")
-    if time is None or space is None:
+    if (time is None and family.sizes.chunks is None) or space is None:
         raise ValueError(f"{type(pipe).__name__} does not say how much is in a latent")
-    return time, space
+    return family.sizes.coding(time), space
 
 
 def check_trained(family: "Family", pipeline: str | None, config: Given) -> None:

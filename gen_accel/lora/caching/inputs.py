@@ -2,8 +2,7 @@
 
 A mask is a film or a picture in gray, which weighs the loss of each latent: white counts as 1,
 black as `mask_floor`. It is resampled, resized and cropped as its clip is, and averaged over the
-pixels and frames of each latent. The first latent is the first frame; each further one is a group
-of as many frames as the autoencoder takes together.
+pixels and frames of each latent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from torch import Tensor
 from gen_accel.attention_processors.families import Given
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.attention_processors.image_prompt import Projector
-from gen_accel.hub import fetched
-from gen_accel.io import read_fields
+from gen_accel.attention_processors.lengths import Coding
+from gen_accel.hub import fetched, index_file
+from gen_accel.io import read_fields, read_index
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state, on_device
 from gen_accel.lora.config import CONDITIONS, DROPOUTS, TrainConfig
 from gen_accel.lora.data.clips import IMAGE_SUFFIXES, CaptionedVideo, Size
@@ -130,7 +130,7 @@ def condition_in(source: str | Path, config: TrainConfig) -> Conditioned:
         is_here = isinstance(source, Path) and source.exists()
         return Path(source) / name if is_here else fetched(str(source), name)
 
-    index, about = read_fields(find("model_index.json")), {}
+    index, about = read_index(index_file(source)), {}
     with suppress(OSError):  # the class may tell enough
         about = read_fields(find(f"{part_of(index)}/config.json"))
     return condition_for(index, about, config)
@@ -338,11 +338,28 @@ def check_family(family: "Family", transformer: object, condition: str) -> None:
         raise ValueError(f"no training from a {frame} for {kind}: take condition {other}")
 
 
-def check_sound(family: "Family", transformer: object) -> None:
-    """Refuse, by a ValueError, a model that is not trained on sound."""
-    if not family.training.sound:
+def check_sound(family: "Family", transformer: object, fps: float | None) -> None:
+    """Refuse, by a ValueError, a model that is not trained on sound, or not without.
+
+    Args:
+        fps: of the clips; None: no sound is trained.
+    """
+    own, training = family.sizes.fps, family.training
+    if fps is None:
+        if training.needs_sound:
+            raise ValueError(
+                f"{family.models} makes video and sound in one sequence, and trains with both: "
+                f"give sound true and fps {own:g}"
+            )
+        return
+    if not training.sound:
         kind = type(transformer).__name__
         raise ValueError(f"sound is for models that make some, as LTX-2, got {kind}: leave it out")
+    if not training.takes_fps and fps != own:
+        raise ValueError(
+            f"fps must be {own:g} for {family.models}, the only pace of its videos and their "
+            f"sound, got {fps:g}"
+        )
 
 
 ALIKE = 0.02  # most relative difference of the aspect ratio of what is beside a clip from its own
@@ -391,7 +408,7 @@ def check_beside(found: ClipFacts, about: ClipFacts, film: CaptionedVideo, what:
 
 def read_mask(
     video: CaptionedVideo,
-    factors: tuple[int, int],
+    factors: tuple[Coding, int],
     *,
     frames: int,
     size: Size,
@@ -419,15 +436,14 @@ def read_mask(
     return reduced
 
 
-def reduce_mask(frames: np.ndarray, factors: tuple[int, int]) -> Tensor:
+def reduce_mask(frames: np.ndarray, factors: tuple[Coding, int]) -> Tensor:
     """Average a mask, (F, H, W, 3) uint8, over the pixels and frames of each latent.
 
     Args:
-        factors: frames and pixels of a latent, in time and in space.
+        factors: the coding of frames, and pixels a side in a latent.
     """
-    time, space = factors
+    coding, space = factors
     gray = torch.from_numpy(frames).float().mean(3) / 255
     count, height, width = gray.shape
     tiles = gray.view(count, height // space, space, width // space, space).mean((2, 4))
-    rest = tiles[1:].view((count - 1) // time, time, *tiles.shape[1:]).mean(1)
-    return torch.cat([tiles[:1], rest])
+    return torch.stack([part.mean(0) for part in tiles.split(coding.spans(count))])

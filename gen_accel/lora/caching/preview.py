@@ -268,8 +268,8 @@ def remake(encoders: Encoders, latents: Tensor) -> Iterator[np.ndarray]:
         return
     decode = family_of(encoders.transformer).decode_video
     for pixels in decode(pipe, latents).split(FRAMES_AT_ONCE, dim=2):
-        [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
-        yield as_uint8(video, pipe.vae)
+        video = (pixels[0].float() * 0.5 + 0.5).clamp(0, 1).movedim(0, -1)
+        yield as_uint8(video.cpu().numpy(), pipe.vae)
 
 
 def _is_streamed(encoders: Encoders) -> bool:

@@ -281,7 +281,8 @@ class Encoding:
                     )
                     text_keys = [self.text_key(text, *place) for text in texts]
                 if (mask := found.beside.get("mask")) is not None:
-                    factors = factors_of(self.encoders.pipe)
+                    coding, space = factors_of(self.encoders.pipe, self.encoders.family)
+                    factors = coding.frames, space
                     mask_key = hash_of([MASK, options.store, mask, factors, *place])
                 latent_key, source = hash_of([self._vae, *place]), ""
                 if options.needs_clips:
@@ -330,11 +331,11 @@ class Encoding:
             keys: of the texts.
             more: further fields.
         """
-        time, space = factors_of(self.encoders.pipe)
+        coding, space = factors_of(self.encoders.pipe, self.encoders.family)
         return Entry(
             name=video.name,
             caption=texts[0],
-            frames=(length - 1) // time + 1,
+            frames=coding.latents_of(length),
             height=size[0] // space,
             width=size[1] // space,
             pixel_frames=length,
@@ -532,7 +533,7 @@ class Encoding:
             return {SOUND: self._heard(chunk)}
         mask = read_mask(
             chunk.video,
-            factors_of(self.encoders.pipe),
+            factors_of(self.encoders.pipe, self.encoders.family),
             frames=chunk.frames,
             size=chunk.size,
             fps=self.options.fps,

@@ -32,7 +32,7 @@ from gen_accel.attention_processors.families import (
 from gen_accel.attention_processors.families.base import Config
 from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.families.weights import BYTES, held_names
-from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
+from gen_accel.attention_processors.lengths import PIXELS, Coding, nearest, patch_of
 from gen_accel.hub import fetched, index_file, index_in
 from gen_accel.io import read_fields, read_index, typed
 from gen_accel.parsing import shown
@@ -140,34 +140,31 @@ class Subject:
                 got = f"{shown(size)}; nearest: {near}"
                 wrong.append(f"{name} must be a multiple of {step}, got {got}")
             sides.append(size // (self.spatial * p))
-        step, per, first, base = self._chunks()
-        if num_frames < first or (num_frames - first) % step:
+        step, _, first, _ = self._coding
+        if not self._coding.codes(num_frames):
             near = " or ".join(map(shown, nearest(num_frames, step, first)))
             rule = "a multiple" if first % step == 0 else f"{first} more than a multiple"
             got = f"{shown(num_frames)}; nearest: {near}"
             wrong.append(f"num_frames must be {rule} of {step}, got {got}")
         if wrong:
             raise ValueError("\n".join(wrong))
-        latents = (num_frames - first) // step * per + base
+        latents = self._coding.latents_of(num_frames)
         return VideoShape(-(-latents // self.patch[0]), *sides)  # pipelines fill patches up
 
     def frames(self, tokens: int) -> int:
         """Number of pixel frames in `tokens` frames of tokens, of whole chunks."""
-        step, per, first, base = self._chunks()
-        return -(-(tokens * self.patch[0] - base) // per) * step + first
+        return self._coding.frames_of(tokens * self.patch[0])
 
     def frames_in(self, seconds: float, fps: float) -> int:
         """Number of pixel frames that can be made and last nearest to `seconds`; a first one that
         is a latent by itself lasts none."""
-        step, _, first, _ = self._chunks()
+        step, _, first, _ = self._coding
         alone = int(first == 1 < step)
         return first + step * max(alone, round((seconds * fps + alone - first) / step))
 
-    def _chunks(self) -> tuple[int, int, int, int]:
-        """Frames and latents of a chunk, and of a clip without a whole one; see `Sizes`."""
-        sizes = self.family.sizes
-        first = 1 if sizes.first_alone else self.temporal
-        return sizes.chunks or (self.temporal, 1, first, 1)
+    @property
+    def _coding(self) -> Coding:
+        return self.family.sizes.coding(self.temporal)
 
 
 @dataclass(frozen=True)
@@ -357,7 +354,7 @@ def _built(
     text = known.text if text is None else text
     uncounted = [uncounted] if uncounted else []
     uncounted += ["the text, whose length is not known"] * (text is None)
-    chunked = known.chunks and -(-known.chunks[0] // known.chunks[1])
+    chunked = known.chunks and -(-known.chunks.frames // known.chunks.latents)
     temporal, spatial = (
         vae.get(f"scale_factor_{axis}") or vae.get(f"{axis}_compression_ratio") or own
         for axis, own in (("temporal", chunked or known.temporal), ("spatial", known.spatial))

@@ -6,6 +6,7 @@ folder names would be to run the folder's code. Newer versions of the libraries 
 themselves; here the check holds with all versions.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -230,7 +231,11 @@ def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -
     if original is not None:
         return load_original(original, found, dtype)
     options = {"dtype": dtype} if nn.Module in found.__mro__ else {}
-    return found.from_pretrained(source, subfolder=name, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*weight_norm", FutureWarning
+        )  # as of MiniMax-H3's sound
+        return found.from_pretrained(source, subfolder=name, **options)
 
 
 def skeleton(model: str | Path) -> "DiffusionPipeline":

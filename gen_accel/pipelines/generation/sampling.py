@@ -211,7 +211,7 @@ def check_clip(pipe: "DiffusionPipeline", clip: Clip, method: Method) -> None:
 def token_grid(pipe: "DiffusionPipeline", clip: Clip) -> VideoShape:
     """Compute the grid of the video's tokens, without text.
 
-    Only for a pipeline that `is_streamed`, as other pipelines round in their own ways. Raises
+    Only for a pipeline that `is_streamed` or trains, as others round in their own ways. Raises
     ValueError for frames and sizes that the pipeline would round, naming the nearest.
     """
     frames, height, width = clip.frames, clip.height, clip.width
@@ -219,11 +219,13 @@ def token_grid(pipe: "DiffusionPipeline", clip: Clip) -> VideoShape:
     assert height is not None
     assert width is not None
     patch = patch_of(first_transformer(pipe).config)
-    temporal, spatial = _vae_factor(pipe, "temporal"), _vae_factor(pipe, "spatial")
+    sizes, spatial = served_family(pipe).sizes, _vae_factor(pipe, "spatial")
+    coding = sizes.coding(None if sizes.chunks else _vae_factor(pipe, "temporal"))
     wrong = []
-    if (frames - 1) % temporal:
-        near = _nearest(frames, temporal, 1)
-        wrong.append(f"frames must be 1 more than a multiple of {temporal}, got {frames}{near}")
+    if not coding.codes(frames):
+        step, first = coding.frames, coding.first
+        near = _nearest(frames, step, first)
+        wrong.append(f"frames must be {first} more than a multiple of {step}, got {frames}{near}")
     for name, size, p in (("height", height, patch[1]), ("width", width, patch[2])):
         step = math.lcm(PIXELS, spatial * p)
         if size % step:
@@ -232,7 +234,7 @@ def token_grid(pipe: "DiffusionPipeline", clip: Clip) -> VideoShape:
     if wrong:
         raise ValueError("; ".join(wrong))
     return VideoShape(
-        -(-((frames - 1) // temporal + 1) // patch[0]),
+        -(-coding.latents_of(frames) // patch[0]),
         height // (spatial * patch[1]),
         width // (spatial * patch[2]),
     )

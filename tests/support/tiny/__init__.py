@@ -71,13 +71,17 @@ class Training:
         starts: the same as the pipeline takes them; by default as it holds them.
         ends: the same as the pipeline returns them; by default as it holds them.
         fed: the same as the transformer is given them; by default as the pipeline holds them.
-        said: what the transformer gives, for a prediction (B, C, f, h, w).
+        said: what the transformer gives, for a prediction (B, C, f, h, w); by default that as the
+            pipeline holds latents.
         near: tolerance of the noise levels, where the scheduler rounds its timesteps.
         rules: rules on rotary frequencies that are for the model.
         compared: whether a call of the transformer is one that `predict` makes, by its arguments.
         apart: arguments that are not compared, as the prediction does not depend on them.
         rate: argument of the pipeline for frames a second, where it takes them.
         is_even: whether latent frames lie evenly in time.
+        coloured: pixels in [-1, 1] as the autoencoder takes and gives them.
+        heard: the sound that a call of the transformer is given, by its arguments, as
+            `predict_heard` takes it, and its noise level, of a model that needs sound.
     """
 
     name: str
@@ -97,6 +101,8 @@ class Training:
     apart: tuple[str, ...] = ()
     rate: str | None = None
     is_even: bool = True
+    coloured: Callable[[Tensor], Tensor] = field(default=lambda pixels: pixels)
+    heard: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None
 
 
 def _row(value: Any, row: int) -> Any:
@@ -114,8 +120,12 @@ def cases() -> list[Case]:
 
 
 def cases_of(family: str) -> list[Case]:
+    return of_family(family, "CASES")
+
+
+def of_family(family: str, what: str) -> list[Any]:
     try:
-        return import_module(f"support.tiny.{family}").CASES
+        return getattr(import_module(f"support.tiny.{family}"), what)
     except ImportError as error:
         if "from 'diffusers" in str(error):
             return []
@@ -127,5 +137,5 @@ def trainings() -> list[tuple[str, Training]]:
     found = []
     for family in FAMILIES:
         if family_named(family).serves("training"):
-            found += [(family, one) for one in import_module(f"support.tiny.{family}").TRAINING]
+            found += [(family, one) for one in of_family(family, "TRAINING")]
     return found

@@ -19,9 +19,10 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import (
     MiniMaxH3PrepareLayoutStep,
     MiniMaxH3Ref2VAPrepareLayoutStep,
     MiniMaxH3SetTimestepsStep,
+    patchify_video_latents,
 )
 from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.wan import noise
 from torch import Tensor
 from transformers import (
@@ -31,6 +32,9 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+
+from gen_accel.pipelines.generation.of_blocks import called
+from gen_accel.pipelines.sampler import Sampler
 
 CHANNELS, SOUND_CHANNELS = 4, 3
 TEXT, TEXT_WIDTH, SOUND = 9, 8, 5
@@ -228,8 +232,8 @@ def words() -> Any:
     return found
 
 
-def whole_pipeline() -> Any:
-    """All blocks of MiniMax-H3 with parts of their own classes, for small canvases."""
+def whole_parts() -> dict[str, Any]:
+    """Parts of the pipeline, of their own classes."""
     torch.manual_seed(2)
     vae = AutoencoderKLMiniMaxH3(
         block_out_channels=(4, 4, 4, 4, 4, 4),
@@ -249,22 +253,77 @@ def whole_pipeline() -> Any:
     )
     tokenizer = words()
     pictures = Qwen2VLImageProcessor(patch_size=16, merge_size=2, min_pixels=1024, max_pixels=4096)
+    return {
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer,
+        "processor": Qwen3VLProcessor(pictures, tokenizer, Qwen3VLVideoProcessor()),
+        "vae": vae.eval(),
+        "audio_vae": audio_vae.eval(),
+        "scheduler": MiniMaxH3Scheduler(shift=12.0),
+        "audio_scheduler": MiniMaxH3Scheduler(shift=3.0),
+        "transformer": transformer(in_channels=24, audio_in_channels=32),
+    }
+
+
+CANVAS = {
+    "canvas_short_edge": 64,
+    "canvas_max_pixels": 64 * 96,
+    "reference_image_short_edge": 64,
+}
+
+
+def whole_pipeline() -> Any:
+    """All blocks of MiniMax-H3, for small canvases."""
     pipe: Any = MiniMaxH3ModularPipeline()
-    pipe.update_components(
-        text_encoder=text_encoder(),
-        tokenizer=tokenizer,
-        processor=Qwen3VLProcessor(pictures, tokenizer, Qwen3VLVideoProcessor()),
-        vae=vae.eval(),
-        audio_vae=audio_vae.eval(),
-        scheduler=MiniMaxH3Scheduler(shift=12.0),
-        audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
-        transformer=transformer(in_channels=24, audio_in_channels=32),
-        transformer_ref=transformer(in_channels=24, audio_in_channels=32, num_refiner_layers=2),
-        canvas_short_edge=64,
-        canvas_max_pixels=64 * 96,
-        reference_image_short_edge=64,
-    )
+    other = transformer(in_channels=24, audio_in_channels=32, num_refiner_layers=2)
+    pipe.update_components(**whole_parts(), transformer_ref=other, **CANVAS)
     return pipe
+
+
+def training() -> Any:
+    """As `load` makes it, with as many steps as are asked for."""
+    pipe: Any = called(MiniMaxH3ModularPipeline).of_parts(CANVAS, whole_parts())
+    for name in ("scheduler", "audio_scheduler"):
+        setattr(pipe, name, Sampler().scheduler(getattr(pipe, name)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rows(latents: Tensor) -> Tensor:
+    return patchify_video_latents(latents, PATCH)
+
+
+def coloured(pixels: Tensor) -> Tensor:
+    """By mean and deviation of ImageNet's pictures."""
+    mean, deviation = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mean, deviation = (torch.tensor(x).view(3, 1, 1, 1) for x in (mean, deviation))
+    return (pixels * 0.5 + 0.5 - mean) / deviation
+
+
+def heard(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Sound with both channels side by side, and its noise level."""
+    left, right = given["audio_hidden_states"].chunk(2, dim=1)
+    level = 1 - given["timestep"][given["timestep_indices"][given["audio_indices"][:1]]].double()
+    return torch.cat([left, right], -1), level
+
+
+TRAINING = [
+    Training(
+        "minimax_h3",
+        training,
+        (124, 64, 64),
+        level=lambda timestep: 1 - timestep[:1].double(),  # the sound's is nearer to the end
+        lay=rows,
+        starts=lambda latents: latents,
+        ends=lambda latents: latents,
+        fed=lambda latents: rows(latents)[None],
+        said=lambda predicted: -rows(predicted)[None],
+        rules=(),
+        is_even=False,
+        coloured=coloured,
+        heard=heard,
+    )
+]
 
 
 CASES = [

@@ -1,0 +1,325 @@
+"""MiniMax-H3, whose text, sound and video are one packed sequence.
+
+Its pipeline is made of blocks. Their own code lays out the sequence and the levels of its tokens.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.attention_processors.families.base import (
+    Attention,
+    Config,
+    Family,
+    Generation,
+    Given,
+    PipelineInputs,
+    PublishedModel,
+    Sizes,
+    Training,
+)
+from gen_accel.attention_processors.families.latents import (
+    decoded,
+    encoded,
+    scaled,
+    text_device,
+    unscaled,
+)
+from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.sites import Model, outside_graphs
+from gen_accel.attention_processors.lengths import Coding
+from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_TEXT = "text_tokens"  # number of rows of a text that are no filling
+_MOST_TEXT = 512  # tokens of a caption, of which the pipeline takes any number
+
+
+def _canvas(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Height and width of MiniMax-H3's videos from a picture of this shape."""
+    from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canvas_size
+
+    most = pipe.config.canvas_short_edge, pipe.config.canvas_max_pixels
+    return resolve_canvas_size(width, height, pipe.canvas_multiple, *most)
+
+
+class MiniMaxH3(Family):
+    """One attention runs over one packed sequence: text, key frames or references, sound, and last
+    the video in raster order, all else before it. The refiner of the text, which attends over the
+    text alone, is left as it is. Video comes with sound, and is trained with it."""
+
+    models = "MiniMax-H3"
+    order = "text, key frames or references, sound, video"
+    # 17 frames are 5 latents, and the last 3 of a clip are left out: 124 frames are 37.
+    sizes = Sizes(spatial=16, frames=124, fps=24, chunks=Coding(17, 5, first=5, base=2))
+    attention = Attention(text="before", rising=True)
+    generation = Generation(least_steps=2, distilled=True, sound=True)
+    training = Training(
+        causal_vae=True,  # a chunk that is cut short is filled up with its last frame
+        sound=True,
+        needs_sound=True,
+        tiny={
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "hidden_size": 32,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 4,
+            "audio_in_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 16,
+            "rope_freq_dim": 2,
+        },
+        text_width="text_dim",
+    )
+    presets = {"MiniMax-H3": PublishedModel(33.1)}
+    pipelines = {
+        "MiniMaxH3ModularPipeline": PipelineInputs(
+            "minimax_h3",
+            image="image",
+            last_image="last_image",
+            video="references",
+            alone=True,
+            role="reference",
+            by="minimax_h3",
+            size=_canvas,
+            multiple=32,
+            model="MiniMaxAI/MiniMax-H3",
+        )
+    }
+    parts = {
+        "text_encoder": "qwen3-vl-32b",
+        "vae": "minimax-h3-video",  # many calls of a transformer, which take long to trace
+        "audio_vae": "minimax-h3-sound",
+    }
+
+    def layers(self, transformer: Model) -> Layers:
+        return Layers(
+            {
+                r"time|adaln|norm": "one",
+                r"context_embedder|refiner": "text",
+                r"audio_proj_in": "sound",
+                r"^proj_in": "video",
+            },
+            {
+                r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+            },
+            beside="text + sound",
+            default="video + text + sound",
+            uncounted="the sound, and key frames or references",
+        )
+
+    @outside_graphs
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        """The grid of the video, which comes after the sound, read from the positions of its
+        tokens, and the runs of words, pictures and sound before it. Waits for the device."""
+        start = int(given["audio_indices"].max()) + 1
+        times, rows, _ = given["position_ids"][start:].unbind(1)
+        in_frame = times == times[0]
+        in_row = in_frame & (rows == rows[0])
+        frame, width = int(in_frame.sum()), int(in_row.sum())
+        grid = len(times) // frame, frame // width, width
+        kinds = torch.zeros(len(given["position_ids"]), dtype=torch.int, device=times.device)
+        kinds[given["video_indices"]], kinds[given["audio_indices"]] = 1, 2
+        runs = kinds[:start].unique_consecutive(return_counts=True)[1]
+        return Tokens(VideoShape(*grid, start, tuple(runs.tolist())), start)
+
+    def timestep(self, given: Given) -> Tensor:
+        """(1,), read at the last token, which is the video's. It rises from 0 to 1, for a clean
+        video."""
+        return given["timestep"][given["timestep_indices"][-1:]]
+
+    @torch.no_grad()
+    def encode_video(
+        self, pipe: "DiffusionPipeline", video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Latents of a video whose colours are brought to the mean and deviation of ImageNet's, as
+        the pipeline brings those of its references."""
+        mean, deviation = _colours(pipe, video)
+        pixels = (video * 0.5 + 0.5 - mean) / deviation
+        return scaled(pipe.vae, encoded(pipe, pixels, generator, self.sizes.chunks))
+
+    def decode_video(self, pipe: "DiffusionPipeline", latents: Tensor) -> Tensor:
+        pixels = decoded(pipe, unscaled(pipe.vae, latents)).float()
+        mean, deviation = _colours(pipe, pixels)
+        return (pixels * deviation + mean) * 2 - 1
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        """Encode B prompts, each by itself and as it is written, as the pipeline's blocks do. The
+        empty one, which they refuse, is a text of no tokens.
+
+        Returns:
+            encoder_hidden_states (B, max_tokens, D), filled with zeros, in the text encoder's
+            dtype, and text_tokens (B,) int64, the number of rows that are no filling.
+        """
+        from diffusers.modular_pipelines.minimax_h3.encoders import get_qwen3vl_prompt_embeds
+
+        tokens, device, model = self._text(max_tokens), text_device(pipe), pipe.text_encoder
+        states, lengths = [], []
+        for prompt in prompts:
+            ids = pipe.tokenizer(prompt, add_special_tokens=False)["input_ids"][:tokens]
+            found = torch.zeros(
+                1, 0, model.config.text_config.hidden_size, device=device, dtype=model.dtype
+            )
+            if ids:
+                found = get_qwen3vl_prompt_embeds(
+                    model,
+                    pipe.processor,
+                    ids,
+                    text_encoder_layer=pipe.text_encoder_layer,
+                    device=device,
+                    dtype=model.dtype,
+                )
+            lengths.append(len(ids))
+            states.append(F.pad(found, (0, 0, 0, tokens - len(ids))))
+        return {
+            "encoder_hidden_states": torch.cat(states),
+            _TEXT: torch.tensor(lengths, device=device),
+        }
+
+    @torch.no_grad()
+    def encode_heard_prompt(
+        self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
+    ) -> dict[str, Tensor]:
+        return self.encode_prompt(pipe, prompts, max_tokens)
+
+    def _text(self, max_tokens: int | None) -> int:
+        return _MOST_TEXT if max_tokens is None else max_tokens
+
+    def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
+        return super().tiny_conditions(config, tokens) | {_TEXT: torch.tensor(tokens)}
+
+    def sound_tokens(self, config: Config, frames: int, fps: float) -> int:
+        """Number of the times of sound of the pipeline for a clip of this length, 40 a second,
+        each of two channels."""
+        from diffusers.modular_pipelines.minimax_h3.modular_pipeline import audio_latent_num_frames
+
+        return audio_latent_num_frames(frames, fps)
+
+    def sound_rate(self, pipe: "DiffusionPipeline") -> int:
+        return pipe.audio_vae.config.sampling_rate
+
+    @torch.no_grad()
+    def encode_sound(self, pipe: "DiffusionPipeline", sound: Tensor) -> Tensor:
+        """Latents of both channels side by side: the mode, as the pipeline takes it of its
+        references."""
+        vae = pipe.audio_vae
+        weight = next(vae.parameters())
+        found = vae.encode(sound[:, None].to(weight.device, weight.dtype)).latent_dist.mode()
+        mean, deviation = (
+            torch.tensor(x, device=found.device)
+            for x in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return ((found.float().transpose(1, 2) - mean) / deviation).transpose(0, 1).flatten(1)
+
+    def tiny_sound(
+        self, config: Config, frames: int, fps: float, tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.zeros(
+            self.sound_tokens(config, frames, fps), 2 * config.audio_in_channels
+        ), {}
+
+    def predict(
+        self, transformer: Model, noisy: Tensor, sigma: Tensor, conditions: Given
+    ) -> Tensor:
+        raise ValueError(f"{self.models} has video and sound in one sequence: give sound too")
+
+    def predict_heard(
+        self,
+        transformer: Model,
+        noisy: Tensor,
+        sound: Tensor,
+        sigma: Tensor,
+        of_sound: Tensor,
+        conditions: Given,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the velocities of video and sound in the packed sequence that the pipeline's
+        blocks lay out, of each sample by itself, as levels and texts of a call are of all its
+        samples. The model's own velocities lead from noise to video. Waits for the device."""
+        samples = zip(noisy, sound, sigma, of_sound, strict=True)
+        each = [
+            self._sample(transformer, *sample, {name: x[i] for name, x in conditions.items()})
+            for i, sample in enumerate(samples)
+        ]
+        videos, sounds = zip(*each, strict=True)
+        return torch.stack(videos), torch.stack(sounds)
+
+    def _sample(
+        self,
+        transformer: Model,
+        noisy: Tensor,
+        sound: Tensor,
+        sigma: Tensor,
+        of_sound: Tensor,
+        conditions: Given,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict one sample.
+
+        Args:
+            noisy: (C, f, h, w).
+            sound: (times, 2 D), both channels side by side.
+            sigma, of_sound: ().
+        """
+        from diffusers.modular_pipelines.minimax_h3 import before_denoise as blocks
+        from diffusers.modular_pipelines.minimax_h3 import modular_pipeline as tags
+        from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
+
+        device, patch = noisy.device, tuple(transformer.config.patch_size)
+        words, (channels, *sides) = int(conditions[_TEXT]), noisy.shape
+        layout = blocks.MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+            text_token_tags=torch.full((words,), tags.MINIMAX_H3_TEXT_TAG),
+            num_latent_frames=sides[0],
+            latent_height=sides[1],
+            latent_width=sides[2],
+            num_audio_latents=len(sound),
+            patch_size=patch,
+            audio_channels=tags.MINIMAX_H3_AUDIO_CHANNELS,
+            audio_tag=tags.MINIMAX_H3_AUDIO_TAG,
+            video_tag=tags.MINIMAX_H3_VIDEO_TAG,
+        )
+        positions, kinds, of_video, of_audio, of_text, *_ = layout
+        times = 1 - float(sigma), 1 - float(of_sound)
+        levels = blocks.MiniMaxH3SetTimestepsStep.build_row_timesteps(
+            of_video, of_audio, 0, 0, words, *times, *times
+        )
+        timestep, places = (x.to(device) for x in levels)
+        positions = positions.to(device, maybe_adjust_dtype_for_device(positions.dtype, device))
+        rows = blocks.patchify_video_latents(noisy[None], patch)
+        # Channel by channel, as the blocks have it.
+        heard = sound.unflatten(1, (tags.MINIMAX_H3_AUDIO_CHANNELS, -1)).transpose(0, 1)
+        video, audio = transformer(
+            hidden_states=rows[None],
+            audio_hidden_states=heard.flatten(0, 1)[None],
+            encoder_hidden_states=conditions["encoder_hidden_states"][None, :words],
+            timestep=timestep,
+            timestep_indices=places,
+            token_tags=kinds.to(device),
+            position_ids=positions,
+            video_indices=of_video.to(device),
+            audio_indices=of_audio.to(device),
+            text_indices=of_text.to(device),
+            return_dict=False,
+        )
+        grid = [n // p for n, p in zip(sides, patch, strict=True)]
+        video = video[0].view(*grid, channels, *patch).permute(3, 0, 4, 1, 5, 2, 6)
+        audio = audio[0].view(*heard.shape).transpose(0, 1).flatten(1)
+        return -video.reshape(noisy.shape), -audio
+
+
+def _colours(pipe: "DiffusionPipeline", like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of red, green and blue, from 0 to 1, of MiniMax-H3's autoencoder."""
+    blocks: Any = pipe
+    values = blocks.pixel_mean, blocks.pixel_std
+    mean, deviation = (torch.tensor(x, device=like.device).view(1, 3, 1, 1, 1) for x in values)
+    return mean, deviation
