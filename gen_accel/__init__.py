@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gen_accel.pipelines import save_processors as save_processors
     from gen_accel.pipelines import tune as tune
     from gen_accel.pipelines.attach import attach as attach
+    from gen_accel.pipelines.generation.stream import stream as stream
     from gen_accel.pipelines.image_prompt import ScaleRange as ScaleRange
     from gen_accel.pipelines.image_prompt import load_image_prompt as load_image_prompt
     from gen_accel.pipelines.long_video import extend as extend
@@ -56,6 +57,7 @@ else:
             ".pipelines": "Schedule calibrate load_processors load_trained load_tuned "
             "measure_profile save_processors tune",
             ".pipelines.attach": "attach",
+            ".pipelines.generation.stream": "stream",
             ".pipelines.image_prompt": "ScaleRange load_image_prompt",
             ".pipelines.long_video": "extend",
             ".plan": "Plan",

@@ -12,6 +12,8 @@ def test_the_tables_are_made_from_the_results(from_benchmarks):
     made[ROOT / "docs" / "tune.md"] = from_benchmarks("study.tuned").lines()
     pages, few = from_benchmarks("pages"), from_benchmarks("few_steps")
     made[few.DOCS] = [*few.table(pages.read_result("few_steps"))]
+    streams = from_benchmarks("streaming")
+    made[streams.DOCS] = streams.table(pages.read_result("streaming"))
     for path, lines in made.items():
         assert pages.table_in(path.read_text("utf-8"), "results") == "\n".join(lines), path
     for name, (result, lines) in from_benchmarks("student_steps").TABLES.items():

@@ -21,8 +21,7 @@ SCORED = {  # in score.json, to words
 def cards() -> dict[Path, str]:
     """Each card's file to its text, from the recipes and scores beside it."""
     made = {}
-    for guided in (True, False):
-        folder = lora_path(guided=guided)
+    for folder in (lora_path(guided=True), lora_path(guided=False), demo.stream_lora_path()):
         score = read_fields(folder / SCORE) if (folder / SCORE).is_file() else {}
         figures = {words: score[name] for name, words in SCORED.items() if name in score}
         made[folder / CARD] = new_card(read_recipe(folder), license=LICENSE, figures=figures)

@@ -104,6 +104,12 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
     remeasure: bool = option(
         False, "Device", "Rates and efficiency of this machine are measured again."
     )
+    stream: bool = option(
+        False,
+        "Run",
+        "A stream, which `gen-accel generate --stream` makes chunk by chunk: what a frame costs.",
+        form="A stream, made chunk by chunk: what a frame costs.",
+    )
     curve: bool = option(False, "Output", "Also density and speed-up at other numbers of frames.")
     bound: bool = option(
         False, "Output", "Also the best strides and tiles for the window of neighborhood."
@@ -115,6 +121,9 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
         check_length(self.frames, self.seconds)
         check_loading(self.dtype, self.offload, self.quantize)
         self.check_method(self.steps)
+        for name in ("method", "preset", "curve", "bound", "efficiency"):
+            if self.stream and self.is_given(name):
+                raise ValueError(f"--{name} is of a whole clip, got --stream too: leave one out")
         if self.gpu is not None:
             from gen_accel.measure.cost.figures import card_named
 
@@ -146,6 +155,8 @@ def estimate(config: EstimateConfig) -> None:
     gen-accel estimate --model HunyuanVideo --height 768 --width 1280 --frames 117 --gpu h100 \\
         --method neighborhood --set window=18,24,24 --bound
         also the speed-up that whole tiles of a kernel allow, by stride
+    gen-accel estimate --model Wan2.1-T2V-1.3B --stream --gpu h100 --guidance-scale 1
+        a frame of a video without end, and whether it is made as fast as it plays
     gen-accel generate --model models/wan --prompt "a cat surfs" --plan --gpu h100
         the same figures, for exactly the run that the other options describe
 
@@ -169,6 +180,28 @@ def _estimated(config: EstimateConfig) -> tuple[list[str], dict[str, object]]:
 
     source = model_named(config.model)
     frames, height, width, steps = whole_run(config.model, config)
+    if config.stream:
+        from gen_accel.pipelines.generation.run_size import frame_rate_of
+        from gen_accel.pipelines.generation.stream_cost import forecast_stream
+        from gen_accel.pipelines.zones import Zones
+
+        stream = forecast_stream(
+            source,
+            zones=Zones(),
+            height=height,
+            width=width,
+            fps=frame_rate_of(config.model),
+            frames=config.frames,
+            steps=config.steps,
+            gpu=config.gpu,
+            dtype=config.dtype,
+            offload=config.offload,
+            quantize=config.quantize,
+            guidance_scale=config.guidance_scale,
+            text=config.text,
+            remeasure=config.remeasure,
+        )
+        return stream.lines(terminal_width()), stream.to_dict()
     schedule = config.built_schedule()
     if config.chosen_preset is None:
         method = config.built_method()

@@ -15,7 +15,7 @@ from gen_accel.config import option
 from gen_accel.demo.words import check_known
 from gen_accel.parsing import MOST_SHOWN, shown
 from gen_accel.paths import DEMO
-from gen_accel.pipelines.generation.config import GenerateConfig
+from gen_accel.pipelines.generation.config import GenerateConfig, prompts_of
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.generation.generate import Generated
@@ -158,7 +158,8 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
     if line.from_settings is not None:
         tell_differences(line.from_settings, config)
     if config.model == DEMO:
-        check_known(*config.texts)
+        texts = prompts_of(config.prompt).values() if config.stream else config.texts
+        check_known(*texts)
     if config.ray is not None and line.plan:
         raise ValueError(f"--plan makes no videos: leave --ray {config.ray} out")
     if line.gpu is not None and not line.plan:

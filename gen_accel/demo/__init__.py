@@ -12,6 +12,7 @@ __all__ = [
     "image_prompt_path",
     "model_named",
     "path",
+    "stream_lora_path",
 ]
 
 TRAINED_FRAMES = 33  # of its clips, as model/gen_accel.json says
@@ -26,3 +27,8 @@ def image_prompt_path() -> Path:
     """The folder of the adapter for `gen_accel.load_image_prompt`, made by
     configs/image_prompt/demo.yaml."""
     return Path(__file__).parent / "image_prompt"
+
+
+def stream_lora_path() -> Path:
+    """The folder of the LoRA for `gen_accel.stream`, made by configs/lora/demo_causal.yaml."""
+    return Path(__file__).parent / "stream_lora"

@@ -31,7 +31,7 @@ from gen_accel.lora.artefact import (
 from gen_accel.lora.batches import Adapter, Draw, captioned
 from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import LatentCache, as_features
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.config import CAUSAL, TrainConfig
 from gen_accel.lora.data.clips import open_image
 from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.publish import CARD, card_for
@@ -66,6 +66,7 @@ class Lora(Adapter):
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
         self._shares = config.context_parallel > 1
+        self._chunks = config.objective == CAUSAL  # which a teacher's attention sees too
         taught_by = None
         check_guidance(config, model.transformer, model.boundary)
         if config.rank:
@@ -94,7 +95,7 @@ class Lora(Adapter):
         """Run the teacher's attention; a dense one over the tokens of all processes that share a
         clip."""
         handle, (method, schedule) = self._handle, self._attention
-        if not method.is_dense:
+        if not method.is_dense or self._chunks:
             return handle.running(method, schedule)
         if not self._shares:
             return handle.paused()

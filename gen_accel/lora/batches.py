@@ -14,7 +14,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import IS_GIVEN, LAST_IS_GIVEN
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
-from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.config import CAUSAL, Stage, TrainConfig
 from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.processes import ProcessGroups
 from gen_accel.pipelines.sampler import equal_steps, shifted
@@ -39,6 +39,8 @@ class Draw(NamedTuple):
         framed: whether its first frame is given, under condition first_frame.
         ended: whether its last frame is given, under condition last_frame.
         sound: seed of the noise of its sound.
+        chunks: seed of the noise levels of its chunks, and of what they see; None: all chunks have
+            `sigma`, after clean ones.
     """
 
     noise: Tensor
@@ -49,6 +51,7 @@ class Draw(NamedTuple):
     framed: bool = True
     ended: bool = True
     sound: int = 0
+    chunks: int | None = None
 
 
 class Batch(NamedTuple):
@@ -63,6 +66,7 @@ class Batch(NamedTuple):
         mask: how much each latent counts, (B, 1, f, h, w); None for 1 everywhere.
         shown: inputs of the adapter.
         sound, sound_noise: (B, tokens, D); None for clips without sound.
+        chunks: seeds of the clips' chunks, (B,) int64; None: see `Draw.chunks`.
     """
 
     clean: Tensor
@@ -75,6 +79,7 @@ class Batch(NamedTuple):
     shown: tuple[Tensor, ...] = ()
     sound: Tensor | None = None
     sound_noise: Tensor | None = None
+    chunks: Tensor | None = None
 
 
 def captioned(cache: LatentCache, clip: int, drawn: Draw) -> dict[str, Tensor]:
@@ -142,25 +147,7 @@ def draw(
         sigmas: lowest and highest noise level of a draw.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
-    sigma = math.nan
-    levels = levels_of(config, shift, sigmas)
-    for _ in range(MOST_DRAWS):
-        if levels:
-            sigma = levels[int(torch.randint(len(levels), (), generator=generator))]
-            break
-        if config.timestep_sampling == "logit_normal":
-            at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
-            level = at.double().sigmoid().item()
-        else:
-            level = torch.rand((), generator=generator, dtype=torch.float64).item()
-        sigma = shifted(level, shift)
-        if sigmas[0] <= sigma <= sigmas[1]:
-            break
-    else:
-        raise ValueError(
-            f"no noise level from {sigmas[0]:g} to {sigmas[1]:g} in {MOST_DRAWS} draws: change "
-            f"logit_mean {config.logit_mean:g}, logit_std {config.logit_std:g} or shift {shift:g}"
-        )
+    sigma = noise_level(config, generator, shift, sigmas)
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
     noise = torch.randn(tuple(shape), generator=generator)
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -174,6 +161,30 @@ def draw(
             ended=ended >= config.last_frame_dropout,
         )
     return Draw(noise, sigma, captioned, share >= config.image_dropout)
+
+
+def noise_level(
+    config: TrainConfig,
+    generator: torch.Generator,
+    shift: float,
+    sigmas: tuple[float, float] = SIGMAS,
+) -> float:
+    """Draw a noise level, as `draw` does."""
+    if levels := levels_of(config, shift, sigmas):
+        return levels[int(torch.randint(len(levels), (), generator=generator))]
+    for _ in range(MOST_DRAWS):
+        if config.timestep_sampling == "logit_normal":
+            at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
+            level = at.double().sigmoid().item()
+        else:
+            level = torch.rand((), generator=generator, dtype=torch.float64).item()
+        sigma = shifted(level, shift)
+        if sigmas[0] <= sigma <= sigmas[1]:
+            return sigma
+    raise ValueError(
+        f"no noise level from {sigmas[0]:g} to {sigmas[1]:g} in {MOST_DRAWS} draws: change "
+        f"logit_mean {config.logit_mean:g}, logit_std {config.logit_std:g} or shift {shift:g}"
+    )
 
 
 def levels_of(
@@ -243,7 +254,7 @@ def seed_of(seed: int, step: int, place: int) -> int:
 
 
 # Places of other draws than the clips' in a step.
-TEXTS, PICTURES, SOUNDS = 10**8, 2 * 10**8, 3 * 10**8
+TEXTS, PICTURES, SOUNDS, CHUNKS = 10**8, 2 * 10**8, 3 * 10**8, 4 * 10**8
 
 
 def plan_clips(
@@ -394,6 +405,11 @@ class Batches:
             )
             for place, clean in enumerate(latents, first)
         ]
+        if config.objective == CAUSAL:
+            draws = [
+                drawn._replace(chunks=seed_of(config.seed, step, CHUNKS + place))
+                for place, drawn in enumerate(draws, first)
+            ]
         if config.student_steps is not None:  # all processes take the same step, by turns
             levels = levels_of(config, self.model.shift)
             turn = (step * config.gradient_accumulation + micro) % len(levels)
@@ -424,8 +440,9 @@ class Batches:
             for name, each in shown.items():
                 given[name] = self._put(torch.tensor(each, dtype=torch.float32))
         taught = uncond = mask = None
+        seeds = [drawn.chunks for drawn in draws]
         sound, sound_noise = self._sound(clips, draws, frames) if config.sound else (None, None)
-        if config.objective != "flow":
+        if config.objective not in ("flow", CAUSAL):
             taught = self.adapter.teacher_conditions(cache, clips, draws)
         if config.teacher_guidance > 1:
             uncond = self._together([cache.empty] * len(clips)) | given
@@ -443,6 +460,7 @@ class Batches:
             shown=tuple(map(self._put, self.adapter.inputs(cache, clips, draws))),
             sound=sound,
             sound_noise=sound_noise,
+            chunks=None if None in seeds else self._put(torch.tensor(seeds)),
         )
 
     def _sound(

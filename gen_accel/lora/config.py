@@ -36,6 +36,7 @@ from gen_accel.paths import (
     expanded,
     model_files,
 )
+from gen_accel.pipelines.zones import Middle, Zones
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -47,6 +48,7 @@ DROPOUTS: dict[str, tuple[Condition, ...]] = {
     "last_frame_dropout": ("last_frame",),
 }
 LOGS, CHECKPOINTS = "logs", "checkpoints"  # folders of OUT
+CAUSAL = "causal"  # objective
 OPTIMIZERS = ("adamw", "adamw8bit")
 # Package that a way to hold the base, or an optimizer, needs.
 PACKAGES = {**registry.QUANTISERS, "adamw8bit": "bitsandbytes"}
@@ -384,12 +386,13 @@ class TrainConfig(Config):
         reads=adapter_named,
     )
 
-    objective: Literal["flow", "distill", "distill_attention"] = option(
+    objective: Literal["flow", "distill", "distill_attention", "causal"] = option(
         "flow",
         "Loss",
         "Target of the prediction; flow: the model's own; distill: the dense model's prediction, "
         "for an image prompt from the clip's teacher_caption; distill_attention: the output of "
-        "each attention to that caption.",
+        "each attention to that caption; causal: the model's own, chunk after chunk, for videos "
+        "without end.",
     )
     teacher_guidance: float = option(
         1.0,
@@ -483,6 +486,34 @@ class TrainConfig(Config):
         "counts fully, black as mask_floor.",
     )
     mask_floor: float = option(0.0, "Loss", "Loss weight of black mask pixels.", ge=0, le=1)
+
+    chunk_frames: int = option(
+        3, "Chunks", "Number of latent frames in a chunk of objective causal.", ge=1, le=1000
+    )
+    window: int = option(
+        2,
+        "Chunks",
+        "Number of newest chunks that a chunk sees whole; training shows 1 to this many.",
+        ge=1,
+        le=1000,
+    )
+    sink: int = option(0, "Chunks", "Number of first chunks that are always seen.", ge=0, le=1000)
+    middle: Middle = option(
+        "none",
+        "Chunks",
+        "Tokens that are seen of chunks older than the window; salient: one in sixteen and a mean "
+        "of the others; grid: means of cells; all: each. Training shows all kinds but this last.",
+    )
+    remembered: int = option(
+        4, "Chunks", "Number of older chunks that the middle holds.", ge=1, le=1000
+    )
+    context_noise: float = option(
+        0.3,
+        "Chunks",
+        "Most noise of the chunks that are seen in training; a third of it in a generation.",
+        ge=0,
+        lt=1,
+    )
 
     batch_size: int = option(1, "Optimizer", "Number of clips per process and micro-step.", ge=1)
     gradient_accumulation: int = option(
@@ -817,6 +848,11 @@ class TrainConfig(Config):
             for number, told in enumerate(self.datasets, 1)
         )
 
+    @property
+    def zones(self) -> Zones:
+        """What a chunk sees of earlier ones, with objective causal."""
+        return Zones(self.chunk_frames, self.window, self.sink, self.middle, self.remembered)
+
     def clips(self) -> list[CaptionedVideo]:
         """Find the clips of all data sets, as `find_videos` does; none without a data set."""
         from gen_accel.lora.data.finding import find_videos
@@ -1043,7 +1079,8 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
                 f"lora_kind {config.lora_kind} does not go onto base {config.base}: take base "
                 "fp8, or lora_kind lora"
             )
-    if not is_lora or config.objective != "distill":
+    taught = ("distill", CAUSAL) if is_lora else ()
+    if config.objective not in taught:
         names = ("teacher_guidance", "teacher_lora", "teacher_method", "student_steps")
         for name in filter(given, names):
             yield (
@@ -1052,6 +1089,7 @@ def _adapter_faults(config: TrainConfig) -> Iterator[str]:
                 "leave it out"
             )
     yield from _student_faults(config)
+    yield from _chunk_faults(config)
     if is_lora:
         if config.objective == "distill_attention":
             yield "objective distill_attention is for adapter image_prompt: take distill"
@@ -1117,6 +1155,58 @@ def _student_faults(config: TrainConfig) -> Iterator[str]:
             f"{name} says which noise levels train and by how much, which student_steps does, got "
             f"{shown(getattr(config, name))}: leave it out"
         )
+
+
+def _chunk_faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields of chunks do not go together, or with others."""
+    given = config.is_given
+    if config.objective != CAUSAL:
+        names = [name for name, one in config.options().items() if one.group == "Chunks"]
+        for name in filter(given, names):
+            yield (
+                f"{name} is for objective causal, got {shown(getattr(config, name))} with "
+                f"{config.objective}: leave it out"
+            )
+        return
+    if config.adapter != "lora":
+        yield f"objective causal is for adapter lora, got {config.adapter}: take flow"
+    if config.teacher_guidance > 1 and config.teacher_lora is None:
+        yield (
+            f"teacher_guidance {config.teacher_guidance:g} with objective causal is of a teacher "
+            "that makes chunks: give teacher_lora, the LoRA of a causal training without it"
+        )
+    if config.teacher_lora is not None and config.teacher_guidance == 1:
+        yield (
+            f"teacher_lora {config.teacher_lora} with objective causal teaches its guidance: give "
+            "teacher_guidance, as 3"
+        )
+    if given("remembered") and config.middle == "none":
+        yield (
+            f"remembered {config.remembered} is of a middle, and middle is none: give middle, as "
+            "salient, or leave it out"
+        )
+    assert config.zones  # refuses what does not go together
+    unfit = {
+        "condition": config.condition not in (None, "text"),
+        "sound": config.sound,
+        "masks": config.masks,
+        "images": config.images > 0,
+        "student_steps": config.student_steps is not None,
+        "context_parallel": config.context_parallel > 1,
+        "part": config.part != "transformer",
+        "sample_with": bool(config.sample_with),
+    }
+    for name in (name for name, wrong in unfit.items() if wrong):
+        yield (
+            f"objective causal trains chunks of films by their captions, got {name} "
+            f"{shown(getattr(config, name))}: leave it out"
+        )
+    for stage in config.curriculum:
+        if stage.rope != "none":
+            yield (
+                f"positions begin again in each chunk of objective causal, got stage {stage}: "
+                f"leave {stage.rope} out"
+            )
 
 
 def _other_faults(config: TrainConfig) -> Iterator[str]:

@@ -34,7 +34,8 @@ from gen_accel.lora.batches import (
 )
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
-from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.chunks import context_level
+from gen_accel.lora.config import CAUSAL, Stage, TrainConfig
 from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.processes import ProcessGroups, by_main
 from gen_accel.measure.pictures import side_by_side
@@ -43,6 +44,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.inputs import fit, open_files
+from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.pipelines.generation.sampling import (
     Clip,
     Sample,
@@ -53,7 +55,9 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     served_family,
 )
+from gen_accel.pipelines.generation.stream import Streamer, StreamSettings
 from gen_accel.pipelines.long_video import extend
+from gen_accel.pipelines.long_video.chunks import ChunkedAttention
 from gen_accel.registry import needed_for
 
 with needed_for("training", extra="train"):
@@ -155,6 +159,7 @@ class Validation:
         pictures: function from a prompt's number to the picture that its video begins with, of a
             clip, and the one that it ends with, if there is one; None if videos are sampled from
             text alone.
+        chunked: attention of a training over chunks, whose videos are streams; None: of another.
     """
 
     def __init__(
@@ -169,9 +174,10 @@ class Validation:
         shift: float,
         prompts: Sequence[Mapping[str, Tensor]] | None = None,
         pictures: Callable[[int], Sequence[np.ndarray]] | None = None,
+        chunked: ChunkedAttention | None = None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
-        self.prompts = prompts
+        self.prompts, self.chunked, self.shift = prompts, chunked, shift
         self.accelerator, self.adapter = accelerator, adapter
         family = served_family(pipe)
         self.fps = config.fps or 16.0
@@ -240,14 +246,27 @@ class Validation:
                         getattr(self.pipe, self.config.part),
                         prompt=self.prompts[i] if self.prompts else None,
                         run=longer,
-                        is_given=inputs is not None,
+                        is_given=inputs is not None or self.chunked is not None,
                     )
                 )
                 tick = partial(self.tell, i)
-                made = sample(self.pipe, prompt, clip, run=run, inputs=inputs, tick=tick)
+                if self.chunked is None:
+                    made = sample(self.pipe, prompt, clip, run=run, inputs=inputs, tick=tick)
+                else:
+                    made = self._streamed(self.chunked, prompt, clip, tick)
             if self.accelerator.is_main_process:
                 self._write(i, made, done)
         self.accelerator.wait_for_everyone()
+
+    def _streamed(self, chunked: ChunkedAttention, prompt: str, clip: Clip, tick: Tick) -> Sample:
+        settings = StreamSettings(chunked.zones, context_level(self.config), self.shift)
+        streamer = Streamer(self.pipe, clip, settings, prompt, chunked)
+        chunks = streamer.lengths.chunks
+        try:
+            frames = [*streamer.frames(kept=lambda chunk, _: tick(chunk + 1, chunks))]
+        finally:
+            streamer.close()
+        return Sample(np.concatenate(frames), 0.0, 0.0)
 
     def lacks(self, done: int) -> bool:
         """Whether a file of the call after `done` steps is missing, for all processes alike."""
@@ -288,7 +307,7 @@ def encoded_prompts(
     kept: videos are the same bit for bit.
     """
     family = family_of(encoders.transformer)
-    if not family.serves("encoded prompts"):
+    if not family.serves("encoded prompts") or config.objective == CAUSAL:
         return None
     place = folder if os.access(folder, os.W_OK) else Path(config.out) / "prompts"
     clip = filled(encoders.pipe, Clip(max_tokens=config.max_tokens))

@@ -17,8 +17,10 @@ from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
+from gen_accel.lora.chunks import CausalChunks
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.student_steps import StudentSteps
+from gen_accel.pipelines.long_video.chunks import ChunkedAttention, Clip
 from gen_accel.pipelines.sampler import own_shift, shifted, unshifted
 
 if TYPE_CHECKING:
@@ -229,7 +231,7 @@ class Objective(nn.Module):
     Args:
         transformer: the model with the LoRA and the processors.
         family: the model's family, which calls the model.
-        kind: "flow", "distill" or "distill_attention".
+        kind: "flow", "distill", "distill_attention" or "causal".
         adapter: the adapter that trains; see `Adapter`.
         guidance: guidance scale of the teacher of "distill".
         schedule: config of the pipeline's scheduler; None for the published one.
@@ -237,6 +239,7 @@ class Objective(nn.Module):
         steps: of a student of "distill"; None: it is taught each noise level by itself.
         shifts: of the noise levels that are trained, and of those of the sound; None: the levels
             of the sound are the video's.
+        chunks: of "causal".
     """
 
     def __init__(
@@ -251,11 +254,14 @@ class Objective(nn.Module):
         loss: Loss | None = None,
         steps: StudentSteps | None = None,
         shifts: tuple[float, float] | None = None,
+        chunks: CausalChunks | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._family, self._kind, self._adapter = family, kind, adapter
         self._guidance, self._steps, self._shifts = guidance, steps, shifts
+        self._chunks = chunks
+        self.chunked = None if chunks is None else ChunkedAttention(transformer, chunks.zones)
         self.noising = Noising(family, schedule)
         self._error = Loss() if loss is None else loss
         self._error.check(family)
@@ -293,6 +299,7 @@ class Objective(nn.Module):
             loss=loss,
             steps=StudentSteps.of(config, shift),
             shifts=None if sound_shift is None else (shift, sound_shift),
+            chunks=CausalChunks.of(config, transformer, shift),
         )
 
     def forward(self, *fields: Any) -> Tensor:
@@ -311,6 +318,8 @@ class Objective(nn.Module):
         taught = conditions if batch.teacher_conditions is None else batch.teacher_conditions
         if self._steps is not None:
             return self._loss_of_step(self._steps, batch, taught)
+        if self._chunks is not None:
+            return self._loss_of_chunks(self._chunks, batch, taught)
         noisy = self.noising.mix(batch.clean, batch.noise, sigma)
         if self._kind == "distill_attention":
             least = temporal_patch(self.transformer)
@@ -373,6 +382,42 @@ class Objective(nn.Module):
         pred = student(x, sigma).float()
         weights = torch.full_like(sigma, steps.weight(step))
         return self._error(pred, target, weights, self._counts(pred, batch))
+
+    def _loss_of_chunks(
+        self, chunks: CausalChunks, batch: Batch, taught: dict[str, Tensor]
+    ) -> Tensor:
+        """Compute the loss of all chunks of the clips, each after those before it. The target is
+        the model's own, or with guidance the prediction of the teacher's own chunks."""
+        assert self.chunked is not None
+        seeds = None if batch.chunks is None else batch.chunks.tolist()
+        drawn = chunks.draw(seeds, batch.sigma, batch.clean)
+        clean, noise, context = map(chunks.split, (batch.clean, batch.noise, drawn.noise))
+
+        def by_chunk(made: Callable[..., Tensor], noise: Tensor, levels: Tensor) -> Tensor:
+            flat = [x.flatten(0, 1) for x in (clean, noise, levels)]
+            return made(*flat).unflatten(0, levels.shape)
+
+        # It stays until the next step, as checkpointed blocks run once more in the backward pass.
+        clip = self.chunked.now = Clip(len(clean), clean.shape[1], drawn.zones)
+        mix, own = self.noising.mix, (noise, drawn.levels)
+        rows = clip.rows(by_chunk(mix, context, drawn.context), by_chunk(mix, *own))
+        levels = clip.rows(drawn.context, drawn.levels)
+
+        def told(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+            each = {
+                name: x[:, None].expand(-1, clip.chunks, *x.shape[1:])
+                for name, x in conditions.items()
+            }
+            return {name: clip.rows(x, x) for name, x in each.items()}
+
+        pred = clip.noisy(self._student(rows, levels, told(batch.conditions)))
+        if batch.uncond_conditions is None:
+            target = by_chunk(self.noising.target, *own)
+        else:
+            uncond = told(batch.uncond_conditions)
+            target = clip.noisy(self._teacher(rows, levels, told(taught), uncond))
+        weights = self._error.weights(drawn.levels.flatten(), self.noising)
+        return self._error(pred.flatten(0, 1).float(), target.flatten(0, 1).float(), weights)
 
     def _counts(self, like: Tensor, batch: Batch) -> Tensor | None:
         """Return how much each value counts: as the mask says, and 0 for latents that a first

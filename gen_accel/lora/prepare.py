@@ -51,6 +51,7 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
+from gen_accel.lora.chunks import check_chunks
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import why_clips
 from gen_accel.lora.data.finding import refuse_prompts
@@ -334,6 +335,8 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
     if config.init_lora is not None:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, boundary)
+    lasting = [grid(config, pipe, stage.frames).frames for stage in config.curriculum]
+    check_chunks(config, family_of(transformer), lasting)
     method = method_from(config.method, config.settings)
     lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:

@@ -26,6 +26,7 @@ from gen_accel.measure.report import template
 REPORT, METRICS = "report.html", "metrics.jsonl"
 ENDS = 20  # steps whose mean is the loss at an end of a training
 MOST_ROWS = 12  # steps in the grid of samples
+STREAMED = 1000  # frames of a stream to try
 
 Record = dict[str, Any]  # a line of `metrics.jsonl`
 
@@ -198,6 +199,8 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     given: dict[str, object] = {"model": config.model, "prompt": prompt}
     if config.adapter == "lora":
         given["from-lora"] = folder
+        if recipe.stream is not None:
+            frames = STREAMED
         if recipe.condition in (FIRST_FRAME, LAST_FRAME):
             given["image"] = image or "first.png"
         if recipe.condition == CONTROL:
@@ -208,7 +211,8 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
         given |= {"image-prompt": image or "image.png", "image-adapter": folder}
         frames = max(frames, recipe.trained_frames or 0)
     given |= {"frames": frames, "height": config.height, "width": config.width, "out": "video.mp4"}
-    words = (word for name, value in given.items() for word in (f"--{name}", str(value)))
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words += ["--stream"] if recipe.stream is not None else []
     return shlex.join(["gen-accel", "generate", *words])
 
 

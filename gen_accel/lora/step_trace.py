@@ -35,7 +35,7 @@ from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora, teacher_attention
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.caching.inputs import FIRST_FRAME, LAST_FRAME
-from gen_accel.lora.config import FREE_TO_CHANGE, TrainConfig
+from gen_accel.lora.config import CAUSAL, FREE_TO_CHANGE, TrainConfig
 from gen_accel.lora.memory import checkpoint_activations
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.student_steps import StudentSteps
@@ -301,6 +301,9 @@ class StepTracer:
         model = self.subject.config
         size = self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
+        if self.config.objective == CAUSAL:  # sizes between those that train are whole chunks too
+            chunk = self.config.chunk_frames * self.subject.patch[0]
+            sides[0] = max(2 * chunk, sides[0] // chunk * chunk)
         channels = self.family.latent_channels(model)
         with self._mode:
             clean, noise = (torch.empty(size, channels, *sides) for _ in range(2))

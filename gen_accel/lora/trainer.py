@@ -28,6 +28,7 @@ from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash, w
 from gen_accel.lora.batches import Batches, epoch_steps, levels_of, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME, TEXT
 from gen_accel.lora.caching.latents import LatentCache
+from gen_accel.lora.chunks import stream_of
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
 from gen_accel.lora.experts import BOTH, LOW
@@ -441,6 +442,7 @@ class Trainer:
             batch=config.batch_size * config.gradient_accumulation * self.groups.count,
             levels=levels_of(config, model.shift),
             sampler=None if config.student_steps is None else "euler",
+            stream=stream_of(config, model.shift),
         )
 
     def _build_evaluation(self, start: int) -> None:
@@ -468,6 +470,7 @@ class Trainer:
                 shift=model.shift,
                 prompts=model.prompts,
                 pictures=None if model.condition == TEXT else self.cache.pictures,
+                chunked=self.objective.chunked,
             )
             calls["validation"] = self.validation.calls
         if config.loss_every:

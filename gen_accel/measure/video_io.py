@@ -112,6 +112,8 @@ CODINGS = {
     ),
     ".gif": Coding("gif", "pal8"),
 }
+# Options of a film whose index is in its parts, each of which is on the disk when it is whole.
+FRAGMENTS = {"movflags": "+frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 HEARD_LESS = 0.1  # seconds that a container may state less of sound than was sent
 SOUND_RATE = 192_000  # bits a second of the sound
 TAGS = ("colorspace", "color_primaries", "color_trc", "color_range")  # 1 is BT.709, limited
@@ -713,10 +715,13 @@ def encode(
     fps: float,
     comment: str = "",
     sound: Sound | None = None,
+    growing: int = 0,
 ) -> None:
     """Write frames, at least one, to a film and check that it holds them all.
 
     Args:
+        growing: frames after which the film plays while it is written, each time, also if nothing
+            ever ends it; 0: it plays when it is whole.
         frames: (height, width, 3) uint8 each.
         path: ending in one of `CODINGS`.
         comment: of the container; "" for none.
@@ -727,6 +732,9 @@ def encode(
             the error if the disk is full.
     """
     coding = CODINGS[path.suffix.lower()]
+    if growing:
+        now = {"tune": "zerolatency", "g": str(growing)}
+        coding = coding._replace(options={**coding.options, **now}, of_container=FRAGMENTS)
     _check_encoder(coding)
     av = _av()
     try:
@@ -754,6 +762,29 @@ def encode(
     # A truncated last frame is counted all the same.
     if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
         raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
+
+
+def finish(film: Path, path: Path, about: Mapping[str, str] | None = None) -> Path:
+    """Write a film of H.264 that grew as an ordinary `.mp4`, without coding it again.
+
+    Args:
+        about: see `write_video`.
+
+    Raises:
+        ValueError, OSError: as `write_stream`, and for a film that cannot be read.
+    """
+    av, comment = _av(), _comment(_checked_texts(about))
+    with replacing(path) as partial, opened_film(film, film) as source:
+        options = dict(CODINGS[".mp4"].of_container)
+        with av.open(for_ffmpeg(partial), "w", format="mp4", options=options) as whole:
+            if comment:
+                whole.metadata["comment"] = comment
+            stream = whole.add_stream_from_template(source.stream)
+            for packet in source.container.demux(source.stream):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    whole.mux(packet)
+    return path
 
 
 def count_frames(path: Path) -> int:
@@ -789,7 +820,7 @@ def _encoded(
     given = {"video_size": f"{width}x{height}", "pix_fmt": "rgb24", "time_base": str(1 / rate)}
     suffix = path.suffix.lower().removeprefix(".")
     film = av.open(for_ffmpeg(path), "w", format=suffix, options=dict(coding.of_container))
-    count = 0
+    count, end = 0, None
     try:
         if comment:
             film.metadata["comment"] = comment
@@ -808,18 +839,25 @@ def _encoded(
             for ready in _pulled(graph):
                 film.mux(stream.encode(ready))
 
+        def flush() -> None:
+            push(None)
+            film.mux(stream.encode())
+
+        end = flush
+
         for count, picture in enumerate(chain([first], frames), 1):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = count - 1, 1 / rate
             push(frame)
             if heard is not None:
                 heard(count / rate)
-        push(None)
-        film.mux(stream.encode())
+        flush()
         if heard is not None:
             heard(None)
     except BaseException:
         with suppress(av.FFmpegError):
+            if end is not None and coding.of_container == FRAGMENTS and count:
+                end()  # what was made so far plays
             film.close()
         raise
     film.close()

@@ -33,7 +33,7 @@ GIVEN = ("generate", "--model", "demo", "--prompt", PROMPT, *SMALL)
 # Options that a clip does not depend on: where it goes, and how it is made and shown.
 OTHERS = {
     *("out", "prompts", "compare", "timed", "offload", "save_latents", "from_latents"),
-    *("overwrite", "preview", "settings", "metrics", "seconds"),
+    *("overwrite", "preview", "settings", "metrics", "seconds", "resume"),
     *("ray", "ray_workers"),
 }
 

@@ -60,7 +60,7 @@ class TestConfig:
             ("betas: [0.9]", r"betas must be float,float, .*; such as betas: \[0\.9, 0\.99\]$"),
             (
                 "objective: flows",
-                "objective must be one of flow, distill, distill_attention, got 'flows'",
+                "objective must be one of flow, distill, distill_attention, causal, got 'flows'",
             ),
             ("mixed_precision: yes", "mixed_precision must be one of no, bf16, fp16, got True"),
             ("data: {a: b}", "data must be str or none, got"),

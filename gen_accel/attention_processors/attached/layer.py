@@ -249,7 +249,8 @@ class Layer:
             if record is not None:
                 choice = run.choices[-1] if run.choices else None  # none without a kernel
                 B, H, N, D = part[0].shape
-                record.add((B, N, H, D), why=why, choice=choice, plans=run.plans)
+                keys = run.keys
+                record.add((B, N, H, D), why=why, choice=choice, plans=run.plans, keys=keys)
             outs.append(some.back(out, call.k.shape[1]))
         out = outs[0]
         if len(groups) > 1:
@@ -419,6 +420,9 @@ class MethodRun:
     kernels, and the plans with the number of heads of each.
 
     Called with q, k, v, (B, H, N, D), and their grid, it returns (B, H, N, D).
+
+    Attributes:
+        keys: number that each query could see, where a technique adds some; None: the call's.
     """
 
     def __init__(
@@ -443,6 +447,7 @@ class MethodRun:
         if branch is not None:
             branch = on_device(branch, call.q.device)
             self.branch = context_parallel.of_heads(branch, call.heads)
+        self.keys: int | None = None
         self.choices: list[kernels.Choice] = []
         self.plans: list[tuple[Plan, int]] = []
 

@@ -60,15 +60,18 @@ class Record:
         why: str | None = None,
         choice: Choice | None = None,
         plans: Sequence[tuple[Plan, int]] = (),
+        keys: int | None = None,
     ) -> None:
         """Count one call of shape (B, N, H, D).
 
         Args:
+            keys: number that a dense call would have seen; None: N.
             plans: that made it up, each over all N tokens or a part of them, with the heads it was
                 for; none if the model's own attention ran, or a method by itself.
         """
         B, N, H, D = shape
-        dense = 4.0 * B * H * N * N * D
+        pairs = N * (keys or N)
+        dense = 4.0 * B * H * pairs * D
         self.why_dense, self.choice, self.tokens = why, choice, N
         self.calls += 1
         self.dense_flops += dense
@@ -77,7 +80,7 @@ class Record:
             self._kept, self._flops = self._kept + 1.0, self._flops + dense
         for plan, heads in plans:
             self.device = plan.slots.device
-            part = (plan.tokens / N) ** 2 * heads / H
+            part = plan.tokens**2 / pairs * heads / H
             if plan.dynamic:
                 picks = plan.partial.picks.shape if isinstance(plan.partial, Route) else ()
                 facts = plan.tokens, plan.patterns, plan.block_q, plan.block_k, self.device

@@ -747,6 +747,15 @@ class Family:
         numbers = self._rotary_numbers(transformer, freqs.double().cpu())
         transformer.rope = TemporalRotary(stock, numbers, self._rotary_table)
 
+    def turned(self, transformer: Model, keys: Tensor, frames: int) -> Tensor:
+        """Keys (B, H, N, D), as the rotary table leaves them, of the same tokens so many latent
+        frames after patchify later, or earlier for a negative number.
+
+        Raises:
+            ValueError: a model without rotary frequencies of its own on the time axis.
+        """
+        raise ValueError(f"no videos chunk by chunk with {self.models}")
+
     def _rotary_numbers(self, transformer: Model, freqs: Tensor) -> Sequence:
         """Return what `_rotary_table` needs of frequencies, as numbers."""
         return freqs.tolist()
@@ -801,6 +810,7 @@ USES: dict[str, Callable[[Family], bool]] = {
     "longer video": lambda family: family.sizes.temporal is not None,
     "rules on rotary frequencies": lambda family: family._has("temporal_frequencies"),
     "image prompts": lambda family: family.image_prompts.adapters != "",
+    "streams": lambda family: family._has("turned"),
     "passed rotary tables": lambda family: family._has("with_temporal_frequencies"),
     "encoded prompts": lambda family: bool(family.generation.prompt),
     "prompts with a first frame": lambda family: family._has("encode_prompt_with"),

@@ -32,7 +32,12 @@ from gen_accel.attention_processors.families.base import (
 )
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place
 from gen_accel.attention_processors.families.layers import CROSS, Layers
-from gen_accel.attention_processors.families.rotary import Table, precise, stock_rotary
+from gen_accel.attention_processors.families.rotary import (
+    Table,
+    precise,
+    stock_rotary,
+    turned_pairs,
+)
 from gen_accel.attention_processors.families.sites import Model, SelfAttention, in_stacks
 from gen_accel.attention_processors.families.wan import temporal_dim
 from gen_accel.attention_processors.tokens import Tokens
@@ -237,6 +242,11 @@ class Cosmos(Family):
         base = _ROTARY_BASE * config.rope_scale[0] ** (dim / (dim - 2))
         exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         return self._a_frame(transformer) * base**-exponent
+
+    def turned(self, transformer: Model, keys: Tensor, frames: int) -> Tensor:
+        freqs = self.temporal_frequencies(transformer)
+        first = torch.arange(len(freqs))
+        return turned_pairs(keys, first, first + keys.shape[-1] // 2, frames * freqs)
 
     def _a_frame(self, transformer: Model) -> float:
         """Positions from a latent frame to the next, at the frame rate that the pipelines pass."""

@@ -1,39 +1,42 @@
 """Decoders that yield a few frames at a time, bit for bit as an autoencoder decodes them whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.sites import Model
 
-Parts = Callable[[Model, Tensor], Iterator[Tensor]]
+Parts = Callable[[Model, Iterable[Tensor]], Iterator[Tensor]]
 
 
 def parts_of(vae: Model) -> Parts | None:
     """Choose the function that decodes a few frames at a time: the autoencoder and latents (1, C,
-    f, h, w) to (1, 3, F, H, W) each. None if the autoencoder cannot be decoded so, as it is set.
+    f, h, w), which come one after the other in time, to (1, 3, F, H, W) each. None if the
+    autoencoder cannot be decoded so, as it is set.
     """
     kinds = {kind.__name__ for kind in type(vae).__mro__}
-    if "AutoencoderKLWan" in kinds:
+    if is_causal(vae):
         return frame_by_frame
     windows = "AutoencoderKLHunyuanVideo" in kinds and vae.use_framewise_decoding
     return blended_windows if windows else None
 
 
-def frame_by_frame(vae: Model, z: Tensor) -> Iterator[Tensor]:
+def is_causal(vae: Model) -> bool:
+    """Whether latents are decoded from themselves and those before them alone."""
+    return any(kind.__name__ == "AutoencoderKLWan" for kind in type(vae).__mro__)
+
+
+def frame_by_frame(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Make the calls of `AutoencoderKLWan`, one latent frame after the other, with the cache of
     past features outside the model. Spatial tiles, if enabled, have a cache each."""
-    height, width = z.shape[-2:]
-    factor = vae.spatial_compression_ratio
-    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
-    if vae.use_tiling and (width > columns or height > rows):
-        frames = _tiled(vae, z, rows, columns)
-    else:
-        decode, z = _WanFrames(vae), vae.post_quant_conv(z)
-        frames = (decode(frame) for frame in z.split(1, dim=2))
-    for pixels in frames:
-        yield _unpatchified(vae, pixels).clamp(-1.0, 1.0)
+    decode: _WanFrames | _WanTiles | None = None
+    for z in parts:
+        if decode is None:
+            decode = _tiles_of(vae, z) or _WanFrames(vae)
+        z = z if isinstance(decode, _WanTiles) else vae.post_quant_conv(z)
+        for frame in z.split(1, dim=2):
+            yield _unpatchified(vae, decode(frame)).clamp(-1.0, 1.0)
 
 
 class _WanFrames:
@@ -53,41 +56,55 @@ class _WanFrames:
         return pixels
 
 
-def _tiled(vae: Model, z: Tensor, rows: int, columns: int) -> Iterator[Tensor]:
-    """Decode in spatial tiles, as `tiled_decode` does, which also blends one frame at a time.
+def _tiles_of(vae: Model, z: Tensor) -> "_WanTiles | None":
+    """Return the spatial tiles that an autoencoder decodes latents in; None if it decodes whole
+    frames."""
+    height, width = z.shape[-2:]
+    factor = vae.spatial_compression_ratio
+    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
+    if vae.use_tiling and (width > columns or height > rows):
+        return _WanTiles(vae, (height, width), rows, columns)
+    return None
+
+
+class _WanTiles:
+    """The decoder in spatial tiles, as `tiled_decode` makes them, which also blends one frame at a
+    time.
 
     Args:
+        sides: of the latents.
         rows, columns: of a tile, in latents.
     """
-    factor, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
-    height, width = (n * factor // patch for n in z.shape[-2:])
-    across = range(0, z.shape[-2], vae.tile_sample_stride_height // factor)
-    along = range(0, z.shape[-1], vae.tile_sample_stride_width // factor)
-    stride_height = vae.tile_sample_stride_height // patch
-    stride_width = vae.tile_sample_stride_width // patch
-    if vae.config.patch_size is None:
-        overlap_height = vae.tile_sample_min_height - stride_height
-        overlap_width = vae.tile_sample_min_width - stride_width
-    else:
-        overlap_height = vae.tile_sample_min_height // patch - stride_height
-        overlap_width = vae.tile_sample_min_width // patch - stride_width
-    decoders = {(i, j): _WanFrames(vae) for i in across for j in along}
-    for frame in z.split(1, dim=2):
-        above: list[Tensor] = []
-        bands = []
-        for i in across:
+
+    def __init__(self, vae: Model, sides: tuple[int, int], rows: int, columns: int) -> None:
+        factor, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+        self.vae, self.rows, self.columns = vae, rows, columns
+        self.size = sides[0] * factor // patch, sides[1] * factor // patch
+        self.across = range(0, sides[0], vae.tile_sample_stride_height // factor)
+        self.along = range(0, sides[1], vae.tile_sample_stride_width // factor)
+        self.stride = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
+        least = vae.tile_sample_min_height, vae.tile_sample_min_width
+        if vae.config.patch_size is not None:
+            least = least[0] // patch, least[1] // patch
+        self.overlap = least[0] - self.stride[0], least[1] - self.stride[1]
+        self.decoders = {(i, j): _WanFrames(vae) for i in self.across for j in self.along}
+
+    def __call__(self, frame: Tensor) -> Tensor:
+        vae, above, bands = self.vae, list[Tensor](), []
+        for i in self.across:
             row: list[Tensor] = []
-            for n, j in enumerate(along):
-                part = vae.post_quant_conv(frame[..., i : i + rows, j : j + columns])
-                tile = decoders[i, j](part)
+            for n, j in enumerate(self.along):
+                part = vae.post_quant_conv(frame[..., i : i + self.rows, j : j + self.columns])
+                tile = self.decoders[i, j](part)
                 if above:
-                    tile = vae.blend_v(above[n], tile, overlap_height)
+                    tile = vae.blend_v(above[n], tile, self.overlap[0])
                 if row:
-                    tile = vae.blend_h(row[-1], tile, overlap_width)
+                    tile = vae.blend_h(row[-1], tile, self.overlap[1])
                 row.append(tile)
-            bands.append(torch.cat([t[..., :stride_height, :stride_width] for t in row], dim=-1))
+            kept = [t[..., : self.stride[0], : self.stride[1]] for t in row]
+            bands.append(torch.cat(kept, dim=-1))
             above = row
-        yield torch.cat(bands, dim=3)[..., :height, :width]
+        return torch.cat(bands, dim=3)[..., : self.size[0], : self.size[1]]
 
 
 def _unpatchified(vae: Model, pixels: Tensor) -> Tensor:
@@ -97,10 +114,11 @@ def _unpatchified(vae: Model, pixels: Tensor) -> Tensor:
     return pixels if size is None else unpatchify(pixels, patch_size=size)
 
 
-def blended_windows(vae: Model, z: Tensor) -> Iterator[Tensor]:
+def blended_windows(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Decode the overlapping windows in time of `AutoencoderKLHunyuanVideo`, and blend each into
     the end of the one before, as `_temporal_tiled_decode` does. Frames come once no later window
     changes them."""
+    z = torch.cat([*parts], 2)
     factor, frames = vae.temporal_compression_ratio, z.shape[2]
     window = vae.tile_sample_min_num_frames // factor
     stride = vae.tile_sample_stride_num_frames

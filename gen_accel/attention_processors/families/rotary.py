@@ -75,6 +75,19 @@ def by_frames(cos: Tensor, sin: Tensor, frames: int, freqs: Sequence[float] | Te
     )
 
 
+def turned_pairs(x: Tensor, first: Tensor, second: Tensor, angles: Tensor) -> Tensor:
+    """Turn pairs of columns of x (..., D) by angles in rad, one for each pair, in float32.
+
+    Args:
+        first, second: columns of the pairs.
+    """
+    a, b = (x.index_select(-1, some.to(x.device)).float() for some in (first, second))
+    cos, sin = (part.float().to(x.device) for part in (angles.cos(), angles.sin()))
+    columns = torch.cat([first, second]).to(x.device)
+    turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return x.index_copy(-1, columns, turned.to(x.dtype))
+
+
 def rewrite(rope: Model, tables: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
     """Write other values into tables that a model keeps, or for None its own, bit for bit."""
     own = getattr(rope, "own_temporal", None)

@@ -41,7 +41,11 @@ from gen_accel.attention_processors.families.latents import (
     pixels_of,
 )
 from gen_accel.attention_processors.families.layers import CROSS, Layers
-from gen_accel.attention_processors.families.rotary import check_shape, rewrite
+from gen_accel.attention_processors.families.rotary import (
+    check_shape,
+    rewrite,
+    turned_pairs,
+)
 from gen_accel.attention_processors.families.sites import (
     Model,
     SelfAttention,
@@ -222,6 +226,11 @@ class WanTrained(WanCalls):
         positions = torch.arange(len(rope.freqs_cos), dtype=torch.float64)
         angles = torch.outer(positions, freqs.double().cpu()).repeat_interleave(2, dim=1)
         rewrite(rope, tables, (angles.cos().float(), angles.sin().float()))
+
+    def turned(self, transformer: Model, keys: Tensor, frames: int) -> Tensor:
+        freqs = self.temporal_frequencies(transformer)
+        first = 2 * torch.arange(len(freqs))
+        return turned_pairs(keys, first, first + 1, frames * freqs)
 
 
 class Wan(WanTrained):

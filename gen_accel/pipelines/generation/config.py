@@ -1,5 +1,6 @@
 """The config of a generation: all that `generate` takes, as flags, YAML, a form and settings."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -47,6 +48,7 @@ else:
     PictureFiles = Annotated[object, Words(tuple[Path, ...])]
 
 LONGEST = 3600.0  # seconds of a clip
+TIMED = re.compile(r"\s*(\d+)\s*:\s*(.+)", re.DOTALL)  # a prompt of a stream, from a frame on
 BUNDLED = Path(__file__).parents[2] / "presets"
 KERNELS = ("auto", *registry.KERNELS)
 SCHEDULE = {  # fields, and what `Schedule` calls them
@@ -564,6 +566,20 @@ class GenerateConfig(
     trained_frames: int | None = option(
         None, "Longer", "Number of frames that the model was trained on, if it is not known.", ge=1
     )
+    stream: bool = option(
+        False,
+        "Longer",
+        "A video of any length, chunk by chunk, at constant memory, which plays while it is made; "
+        "for a LoRA of objective causal. Further prompts hold from a frame on: 300:a cat sleeps.",
+        form="A video of any length, chunk by chunk, at constant memory; for a LoRA that was "
+        "trained so.",
+    )
+    resume: bool = option(
+        False,
+        "Longer",
+        "Continuation of a stream that was stopped, or of one with fewer frames.",
+        kept=False,
+    )
     compare: bool = option(
         False, "Measuring", "A dense video too, and a report of the difference.", kept=False
     )
@@ -637,7 +653,7 @@ class GenerateConfig(
     def chosen_preset(self) -> "PresetWords":
         """The preset; none by default with a LoRA, which brings its own method, and with a
         technique that dampens scores, which has `registry.WITHOUT_REST`."""
-        alone = self.from_lora is not None or self._dampening() is not None
+        alone = self.from_lora is not None or self._dampening() is not None or self.stream
         return self.preset if alone else super().chosen_preset
 
     def _dampening(self) -> str | None:
@@ -658,13 +674,13 @@ class GenerateConfig(
     @property
     def is_list(self) -> bool:
         """Whether the videos are numbered, of several prompts or of a file."""
-        return self.prompts is not None or len(self.prompt) > 1
+        return not self.stream and (self.prompts is not None or len(self.prompt) > 1)
 
     @property
     def target(self) -> Path:
         """Place of the video: OUT, or if that is the default and there already, the next number
         that is free."""
-        if self.is_given("out") or self.is_list or self.overwrite:
+        if self.is_given("out") or self.is_list or self.overwrite or self.resume:
             return self.out
         return free_name(self.out)
 
@@ -679,7 +695,7 @@ class GenerateConfig(
         return found
 
     def new_outputs(self) -> dict[str, list[Path]]:
-        return {} if self.is_list else self.outputs()
+        return {} if self.is_list or self.resume else self.outputs()
 
     def files_of(self, target: Path) -> dict[str, Path]:
         """Return the files that making the video at `target` writes, by their kind."""
@@ -688,6 +704,8 @@ class GenerateConfig(
             found |= comparison_files(target)
         if self.is_list:
             found["record"] = record_of(target)
+        if self.stream:
+            found["chunks"] = target.with_suffix(".stream")
         if self.preview is not None:
             found["preview"] = preview_of(target)
         return found
@@ -707,6 +725,7 @@ class GenerateConfig(
             check_files("file of latents", self.from_latents)
             return
         check_length(self.frames, self.seconds)
+        self._check_stream()
         self.check_method(self.steps)
         for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
             if kernel not in (None, OWN):
@@ -746,6 +765,23 @@ class GenerateConfig(
             raise ValueError(
                 f"{name} samples by itself: leave sampler, levels and shift out, or give its "
                 f"shift as {FRESH}:shift=22"
+            )
+
+    def _check_stream(self) -> None:
+        if not self.stream:
+            if self.resume:
+                raise ValueError("resume goes on with a stream: add --stream")
+            return
+        if self.out.suffix.lower() != ".mp4":
+            raise ValueError(f"a stream is an .mp4, got --out {self.out}")
+        if self.sampler == "unipc":
+            raise ValueError("a stream is sampled by euler or lcm, got --sampler unipc")
+        unfit = ("prompts", "preset", "extend", "cache", "compare", "preview", "save_latents")
+        unfit += ("image", "last_image", "video", "image_prompt", "ray", "dense_noise")
+        for name in filter(self.is_given, unfit):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is for a video that is made as a whole, got a stream: leave it out"
             )
 
     def _check_comparison(self, techniques: Sequence[str]) -> None:
@@ -801,6 +837,24 @@ def check_preset(preset: str | Path, steps: int | None = None) -> None:
     solved = held.get("steps")
     if steps is not None and isinstance(solved, int) and solved != steps:
         raise registry.other_steps(preset, solved, steps)
+
+
+def prompts_of(texts: Sequence[str]) -> dict[int, str]:
+    """Read prompts, the first from frame 0 and others as "300: a cat sleeps". ValueError for
+    frames that do not rise, or a second prompt without one."""
+    found: dict[int, str] = {}
+    for place, text in enumerate(texts):
+        timed = TIMED.fullmatch(text) if len(texts) > 1 else None
+        if timed is None and place:
+            raise ValueError(
+                f"prompt {place + 1} of a stream needs the frame from which it holds, as "
+                f'"300: {text[:40]}", got {shown(text)}'
+            )
+        frame, words = (0, text) if timed is None else (int(timed[1]), timed[2])
+        if found and frame <= max(found):
+            raise ValueError(f"prompts of a stream rise in frames, got {frame} after {max(found)}")
+        found[frame] = words
+    return found
 
 
 def read_prompts(path: str | Path) -> list[str]:

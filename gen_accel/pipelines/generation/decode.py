@@ -10,7 +10,7 @@ number of frames. The pixels equal the pixels of `vae.decode`, bit for bit:
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,12 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import families, family_named, served_classes
-from gen_accel.attention_processors.families.decoders import Parts, parts_of
+from gen_accel.attention_processors.families.decoders import (
+    Parts,
+    frame_by_frame,
+    is_causal,
+    parts_of,
+)
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.sites import Model
 from gen_accel.io import check_folder, fields_of, parse_json, replacing, save_tensors, typed
@@ -104,7 +109,18 @@ def decode_stream(
             f"{type(vae).__name__} does not say how its latents are scaled: it has neither "
             "latents_mean nor scaling_factor"
         )
-    return _decoded(pipe, latents, _parts(vae), device)
+    return _decoded(pipe, [latents], _parts(vae), device)
+
+
+def decode_chunks(pipe: "DiffusionPipeline", chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Decode latents as they come, (1, C, f, h, w) each, one after the other in time, to chunks of
+    (f, H, W, 3) uint8. ValueError for an autoencoder that must see later latents too."""
+    if not is_causal(pipe.vae):
+        raise ValueError(
+            f"{type(pipe.vae).__name__} decodes latents together with later ones: a video without "
+            "end needs AutoencoderKLWan"
+        )
+    return _decoded(pipe, chunks, frame_by_frame, None)
 
 
 def on_its_device(vae: Model) -> None:
@@ -170,12 +186,20 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 @torch.no_grad()
 def _decoded(
-    pipe: "DiffusionPipeline", latents: Tensor, parts: Parts, device: torch.device | None
+    pipe: "DiffusionPipeline",
+    latents: Iterable[Tensor],
+    parts: Parts,
+    device: torch.device | None,
 ) -> Iterator[np.ndarray]:
     vae = pipe.vae
+
+    def ready() -> Iterator[Tensor]:
+        for chunk in latents:
+            on_its_device(vae)  # between chunks, the transformer may have been there
+            yield unscaled(vae, chunk, device or pipe._execution_device)
+
     try:
-        on_its_device(vae)
-        for pixels in parts(vae, unscaled(vae, latents, device or pipe._execution_device)):
+        for pixels in parts(vae, ready()):
             [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
             yield as_uint8(video, vae)
     finally:
@@ -222,5 +246,6 @@ def _parts(vae: Model) -> Parts:
     return _whole
 
 
-def _whole(vae: Model, z: Tensor) -> Iterator[Tensor]:
+def _whole(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    z = torch.cat([*parts], 2)
     yield from vae.decode(z, return_dict=False)[0].split(FRAMES_AT_ONCE, dim=2)

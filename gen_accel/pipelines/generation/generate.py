@@ -27,6 +27,7 @@ from gen_accel.pipelines.generation.config import (
     Clip,
     GenerateConfig,
     Loading,
+    prompts_of,
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import (
@@ -51,6 +52,9 @@ from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
 from gen_accel.pipelines.generation.step_cache import caching, words_of_cache
 from gen_accel.pipelines.generation.steps import expected, stepping
+from gen_accel.pipelines.generation.stream import Streamer
+from gen_accel.pipelines.generation.stream import settings_of as settings_of_stream
+from gen_accel.pipelines.generation.stream_file import write_streamed
 from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset
@@ -141,6 +145,8 @@ def generate_by(config: GenerateConfig) -> list[Generated]:
     if config.save_latents is not None:
         check_streamed(*classes_in(index_of(config.model), config.model))
     with unwinding():
+        if config.stream:
+            return [_streamed(plan)]
         if cluster is not None:
             return spread(cluster, plan, left, partial(_worker, plan))
         maker = _Maker(plan, share.device(config.device))
@@ -398,6 +404,61 @@ class _Maker:
             "techniques": [*plan.techniques],
             **({"image_prompt": self.seen} if self.seen else {}),
         }
+
+
+def _streamed(plan: GenerationPlan) -> Generated:
+    """Make a video chunk by chunk."""
+    config, start = plan.config, time.perf_counter()
+    with waiting(f"loading the model {config.model}"):
+        pipe = load(config.model, config, config, cache=kept())
+    plan = plan.fitted(pipe)
+    clip, [video] = plan.config, plan.videos
+    assert clip.fps is not None
+    with ExitStack() as stack:
+        stack.enter_context(pack_linears(pipe, plan.linear_kernel))
+        handle = attach(
+            pipe,
+            plan.method if clip.from_lora is None else None,
+            from_lora=clip.from_lora,
+            **plan.options,
+        )
+        stack.enter_context(handle)
+        settings = settings_of_stream(pipe)
+        streamer = Streamer(pipe, clip, settings, prompts_of(video.texts))
+        stack.callback(streamer.close)
+        asked = {
+            **{k: v for k, v in plan.request.items() if k not in ("frames", "model")},
+            **values_of_clip(clip.model_copy(update={"frames": None})),
+            "zones": settings.zones.to_dict(),
+            "noise": settings.noise,
+        }
+
+        def about() -> dict[str, str]:
+            if not clip.keep_settings:
+                return {}
+            words = settings_of(plan, pipe._execution_device.type)
+            linear = "onednn" if words_of(pipe) else "torch"
+            return settings_for(words, video, handle.summary(), linear).about()
+
+        files = plan.files_of(video)
+        made = write_streamed(
+            streamer,
+            files["video"],
+            files["chunks"],
+            asked,
+            about,
+            fps=clip.fps,
+            resume=clip.resume,
+        )
+        seconds = time.perf_counter() - start
+        return Generated(
+            video.prompt,
+            video.seed,
+            {"video": made},
+            seconds,
+            handle.summary(),
+            f"a stream: {settings.zones}",
+        )
 
 
 def _worker(plan: GenerationPlan) -> Callable[[int], Generated]:

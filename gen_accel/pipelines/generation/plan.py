@@ -30,12 +30,13 @@ from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
 from gen_accel.outputs import numbered
 from gen_accel.parsing import as_text, shown
-from gen_accel.paths import check_replaceable, expanded, model_named
+from gen_accel.paths import DEMO, check_replaceable, expanded, model_named
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,
     OWN,
     GenerateConfig,
+    prompts_of,
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import check_latents_path
@@ -70,6 +71,7 @@ from gen_accel.pipelines.generation.run_size import (
 )
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
+from gen_accel.pipelines.generation.stream import stream_clip
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, by_rule, choose_preset, read_preset
 from gen_accel.published import FewSteps, few_steps, trained_method
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from gen_accel.measure.cost.forecast import Forecast
+    from gen_accel.pipelines.generation.stream_cost import StreamForecast
 
 
 class Video(NamedTuple):
@@ -87,12 +90,14 @@ class Video(NamedTuple):
     Args:
         target: output file or folder.
         latents: file for its latents; None keeps none.
+        texts: all prompts of a stream, as they were given.
     """
 
     prompt: str
     seed: int
     target: Path
     latents: Path | None = None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,8 @@ class GenerationPlan:
         elif (known := known_run(config.model)) is not None:  # else pictures decide the sizes
             sizes = known._asdict() | asked_run(config)
             config = config.model_copy(update=sizes)
+        if config.stream:
+            return replace(self, config=stream_clip(pipe, config))
         config = filled(pipe, config, () if arguments is None else arguments.values)
         method, schedule, preset = self.method, self.schedule, self.preset
         if preset is not None:
@@ -282,8 +289,11 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
         length = {"frames": frames_in(config.model, seconds, config.fps), "seconds": None}
         config = config.model_copy(update=length)
     method = None
+    if config.stream:
+        config = _with_own_stream(config)
     if preset is None and config.from_lora is None:
-        method, schedule = config.built_method(), schedule or Schedule()
+        plain = config.stream and config.method is None
+        method, schedule = Dense() if plain else config.built_method(), schedule or Schedule()
     elif isinstance(preset, str | Path) and preset not in registry.PRESETS:
         preset = read_preset(preset)
     if isinstance(preset, Preset):  # a name is left to `fitted`
@@ -349,6 +359,16 @@ def _check_weights(config: GenerateConfig, folder: Path, method: Method) -> None
             check_files_used(held, Dense())
         except ValueError as error:
             raise ValueError(f"compare makes a dense clip too: {error}") from None
+
+
+def _with_own_stream(config: GenerateConfig) -> GenerateConfig:
+    """Take the embedded LoRA of the demo model where none is given, and check the prompts."""
+    prompts_of(config.prompt)
+    embedded = Path(model_named(DEMO))
+    is_open = config.from_lora is None and config.method is None and not config.loras
+    if is_open and model_named(config.model) == str(embedded):
+        return config.model_copy(update={"from_lora": embedded.with_name("stream_lora")})
+    return config
 
 
 def _steps_of(preset: Preset, asked: int | None, name: object) -> int:
@@ -497,6 +517,8 @@ def _videos(config: GenerateConfig, texts: tuple[str, ...]) -> tuple[Video, ...]
         path = expanded(path)
         return numbered(path, len(texts)) if config.is_list else [path]
 
+    if config.stream:
+        return (Video(texts[0], config.seed, expanded(config.target), texts=texts),)
     kept = config.save_latents
     latents = [None] * len(texts) if kept is None else places(kept)
     config.replaced(seed=config.seed + len(texts) - 1)  # refused if it is too large
@@ -579,7 +601,8 @@ def settings_for(
         linear_kernel: what ran its linear layers, which "auto" may decide otherwise another time.
         dense: it is the dense clip of a comparison.
     """
-    own: dict[str, object] = {"prompt": [video.prompt], "seed": video.seed}
+    prompts = [*video.texts] or [video.prompt]
+    own: dict[str, object] = {"prompt": prompts, "seed": video.seed}
     own["linear_kernel"] = linear_kernel
     parts: dict[str, Any] = {
         part: {
@@ -622,7 +645,9 @@ def written_options(method: Method) -> list[str]:
     return written
 
 
-def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "Forecast":
+def forecast_generate(
+    config: GenerateConfig, *, gpu: str | None = None
+) -> "Forecast | StreamForecast":
     """Forecast one video of a config, which is checked as far as that goes without the model.
 
     Values that it leaves open are what the model is usually run with, see `whole_run`.
@@ -641,6 +666,8 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
         config = config.replaced(prompt=("any prompt",))  # as none changes the cost
     plan = plan_of(config)
     config, model = plan.config, model_named(config.model)
+    if config.stream:
+        return _forecast_stream(config, model, gpu)
     subject = subject_of(model)
     kind = pipeline_class(index_of(config.model)["_class_name"])
     known = {
@@ -679,3 +706,26 @@ def forecast_generate(config: GenerateConfig, *, gpu: str | None = None) -> "For
     needed = needed_parts(kind.__name__, config.kinds) if is_of_blocks(kind) else None
     to_fetch = None if is_here else bytes_to_fetch(location_of(config.model), needed)
     return replace(found, fps=frame_rate_of(config.model, config.fps), to_fetch=to_fetch)
+
+
+def _forecast_stream(config: GenerateConfig, model: str, gpu: str | None) -> "StreamForecast":
+    from gen_accel.pipelines.generation.stream import StreamSettings
+    from gen_accel.pipelines.generation.stream_cost import forecast_stream
+
+    known = None if config.from_lora is None else StreamSettings.of(read_recipe(config.from_lora))
+    _, height, width, _ = whole_run(config.model, config)
+    return forecast_stream(
+        model,
+        zones=(known or StreamSettings()).zones,
+        height=height,
+        width=width,
+        fps=frame_rate_of(config.model, config.fps),
+        frames=config.frames,
+        steps=config.steps,
+        gpu=gpu,
+        dtype=config.dtype,
+        guidance_scale=config.guidance_scale,
+        offload=config.offload,
+        quantize=config.quantize,
+        text=config.max_tokens,
+    )

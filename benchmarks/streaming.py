@@ -1,0 +1,180 @@
+"""Streams of the demo model, by what a chunk sees of earlier ones: what each quarter of a clip
+shows, seconds a frame, the size of the cache.
+
+    python benchmarks/streaming.py                          # all of it, hours on one core
+    python benchmarks/streaming.py --frames 257 --prompts 8 --settings "window 2"
+    python benchmarks/streaming.py --docs                   # the table of docs/streaming.md
+
+The prompts are those that no LoRA was trained on, each with a seed of its own. A clip that is
+there is not made again. Of a stream of several thousand frames, the speed at its beginning and its
+end tells whether a frame costs more as a video grows.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kept import clip_file, keep_clip, kept_clip
+from pages import RESULTS, machine, write_table
+from rich.progress import track
+
+import gen_accel
+from gen_accel.attention_processors.attached.recipe import read_recipe
+from gen_accel.demo import world
+from gen_accel.demo.detector import detect
+from gen_accel.measure import write_json
+from gen_accel.measure.machine import environment
+from gen_accel.paths import model_named
+from gen_accel.pipelines.generation.config import Clip
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.stream import Streamer, StreamSettings, stream_clip
+from gen_accel.pipelines.zones import Zones
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from demo_model.scoring import QUARTERS, keeps_pace, quarter_paces, score
+
+DOCS = Path(__file__).parents[1] / "docs" / "streaming.md"
+RESULT = RESULTS / "streaming.json"
+LORA = Path(model_named("demo")).with_name("stream_lora")
+SCENES = (*world.scored_scenes(world.HELD_OUT), *world.UNSEEN)
+SEED, SIZE, STEPS, GUIDANCE, FRAMES = 6000, 96, 6, 3.0, 257
+SETTINGS = {
+    "window 1": {"window": 1, "middle": "none"},
+    "window 2": {"window": 2, "middle": "none"},
+    "window 1, salient": {"window": 1, "middle": "salient"},
+    "window 2, salient": {"window": 2, "middle": "salient"},
+    "window 2, grid": {"window": 2, "middle": "grid"},
+    "window 2, sink": {"window": 2, "middle": "none", "sink": 1},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--lora", type=Path, default=LORA, help="default: the embedded one")
+    parser.add_argument("--work", type=Path, default=Path("outputs/streaming"))
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--prompts", type=int, default=len(SCENES), help="the first of them")
+    parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=[*SETTINGS])
+    parser.add_argument("--docs", action="store_true", help="write the table alone")
+    args = parser.parse_args()
+    report = json.loads(RESULT.read_text("utf-8")) if RESULT.exists() else {"runs": {}}
+    if not args.docs:
+        torch.set_num_threads(1)
+        recipe = read_recipe(args.lora)
+        kept = {name: getattr(recipe, name) for name in ("rank", "steps", "frames", "stream")}
+        report |= environment() | {"lora": kept}
+        for name in args.settings:
+            rows = clips(name, args)
+            report["runs"].setdefault(str(args.frames), {})[name] = rows
+            write_json(RESULT, report)
+    write_table(DOCS, "results", "\n".join(table(report)))
+
+
+def clips(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of a setting, one a prompt."""
+    place = args.work / str(args.frames) / name.replace(", ", "_").replace(" ", "_")
+    pipe, rows = load("demo", Loading(device="cpu", loras=(str(args.lora),))), []
+    for i, scene in enumerate(track(SCENES[: args.prompts], f"{args.frames}, {name}")):
+        row_file = place / f"{i:02d}.json"
+        if not (row_file.exists() and clip_file(place, i).exists()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                video, row = streamed(pipe, scene.caption, SEED + i, name, args)
+            keep_clip(place, i, video)
+            write_json(row_file, row)
+        row, video = json.loads(row_file.read_text("utf-8")), kept_clip(place, i)
+        quarters = [
+            (seen.color, seen.shape, seen.direction) == (scene.color, scene.shape, scene.direction)
+            for seen in map(detect, np.array_split(video, QUARTERS))
+        ]
+        seen = detect(video)
+        row |= {"quarters": quarters, "right": score(seen, scene).right}
+        row["strict"] = row["right"] and all(quarters) and keeps_pace(quarter_paces(video, scene))
+        rows.append({"prompt": scene.caption, "seed": SEED + i} | row)
+    return rows
+
+
+def streamed(
+    pipe: Any, prompt: str, seed: int, name: str, args: argparse.Namespace
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Make a clip; also returns the CPU seconds of each chunk and the bytes of the cache."""
+    recipe = read_recipe(args.lora)
+    own = StreamSettings.of(recipe)
+    assert own is not None, "a LoRA that streams"
+    zones = Zones(**{**own.zones.to_dict(), **SETTINGS[name]})
+    clip = Clip(
+        frames=args.frames,
+        height=SIZE,
+        width=SIZE,
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+        max_tokens=16,
+        seed=seed,
+    )
+    settings = StreamSettings(zones, own.noise, own.shift)
+    with gen_accel.attach(pipe, gen_accel.Dense()):
+        streamer = Streamer(pipe, stream_clip(pipe, clip), settings, prompt)
+        times, frames = [time.process_time()], []
+        for pixels in streamer.frames(kept=lambda *_: times.append(time.process_time())):
+            frames.append(pixels)
+        cached = streamer.cached
+        streamer.close()
+    video = np.concatenate(frames)
+    seconds = [round(b - a, 4) for a, b in itertools.pairwise(times)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    per_chunk = streamer.lengths.latents * streamer.lengths.factor
+    return video, {
+        "chunk_seconds": seconds,
+        "frames_a_chunk": per_chunk,
+        "cache_bytes": cached,
+        "keys": zones.tokens(streamer.grid),
+        "peak_mb": round(peak),
+    }
+
+
+def speed(row: dict[str, Any], share: slice) -> float:
+    """CPU seconds a frame over some of the chunks, the median."""
+    return statistics.median(row["chunk_seconds"][share]) / row["frames_a_chunk"]
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Rows of a table of all runs."""
+    lora = report["lora"]
+    lines = [
+        f"The demo model with its LoRA for streams (rank {lora['rank']}, {lora['steps']} steps on "
+        f"clips of {lora['frames']} frames), {STEPS} steps a chunk, guidance {GUIDANCE:g}; "
+        f"{machine(report)}. Right: clips whose colour, shape and direction are as asked, in each "
+        "quarter of the video. Strict: right, at its pace, and so in every quarter. Seconds: of "
+        "the processor, for a frame after the first chunks and at the end.",
+        "",
+        "| frames | chunks seen | right by quarter | of | right | strict | keys | cache, MB | "
+        "seconds a frame |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for frames, runs in sorted(report["runs"].items(), key=lambda one: int(one[0])):
+        for name, rows in runs.items():
+            by = " ".join(str(sum(row["quarters"][q] for row in rows)) for q in range(QUARTERS))
+            ends = [
+                statistics.fmean(speed(row, part) for row in rows)
+                for part in (slice(4, 12), slice(-8, None))
+            ]
+            lines.append(
+                f"| {int(frames):,} | {name} | {by} | {len(rows)} | "
+                f"{sum(row['right'] for row in rows)} | {sum(row['strict'] for row in rows)} | "
+                f"{rows[0]['keys']:,} | {rows[0]['cache_bytes'] / 1e6:.1f} | "
+                f"{ends[0]:.3f}, {ends[1]:.3f} |"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

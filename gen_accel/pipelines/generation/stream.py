@@ -1,0 +1,398 @@
+"""Videos without end: chunk after chunk, each decoded as it comes, at constant memory.
+
+A chunk is denoised like a short clip, from noise of its own, while its self-attention sees what
+`ChunkedAttention` keeps of the chunks before. A last pass over it, with a little noise, puts it
+into that cache. The noise of a chunk is a function of the seed and the chunk's number, so that a
+stream that was stopped goes on as if it had not been: the chunks that are there pass through the
+cache once more, a forward pass each, and are not denoised again.
+"""
+
+import hashlib
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.attached.attachment import one_generation
+from gen_accel.attention_processors.attached.recipe import Recipe, recipes_of
+from gen_accel.attention_processors.lengths import patch_of, temporal_patch, vae_factor
+from gen_accel.parsing import shown
+from gen_accel.pipelines.generation.config import Clip
+from gen_accel.pipelines.generation.decode import decode_chunks
+from gen_accel.pipelines.generation.sampling import (
+    filled,
+    first_transformer,
+    served_family,
+    token_grid,
+)
+from gen_accel.pipelines.generation.stream_cost import STEPS
+from gen_accel.pipelines.long_video.chunks import ChunkedAttention
+from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
+from gen_accel.pipelines.zones import Zones
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Prompts = str | Mapping[int, str]  # a text, or texts by the frame from which each holds
+Kept = Callable[[int, Tensor], None]  # takes a chunk's number and its latents
+NOISE = 0.1  # of a chunk in the cache, where nothing is said
+COND, UNCOND = "cond", "uncond"  # caches
+
+
+class NotTrained(UserWarning):
+    """A model makes a video chunk by chunk that was not trained to."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a model makes a video chunk by chunk.
+
+    Args:
+        zones: what a chunk sees of earlier ones.
+        noise: noise level of the chunks that are seen.
+        shift: of the noise levels; None: the scheduler's.
+    """
+
+    zones: Zones = field(default_factory=Zones)
+    noise: float = NOISE
+    shift: float | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "StreamSettings | None":
+        """Take what a LoRA was trained with; None if it was not trained for chunks. ValueError for
+        fields that this version does not write."""
+        held: dict[str, Any] = dict(recipe.stream or {})
+        if not held:
+            return None
+        known = {one.name for one in fields(Zones)}
+        zones = {name: held.pop(name) for name in known & held.keys()}
+        if held.keys() > {"noise", "shift"} or not all(map(_is_number, held.values())):
+            raise ValueError(f"the stream of a LoRA cannot be read: {shown(recipe.stream)}")
+        return cls(Zones(**zones), **held)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def settings_of(pipe: "DiffusionPipeline") -> StreamSettings:
+    """Return how a LoRA of a pipeline was trained to stream, or the defaults with a warning."""
+    for recipe in recipes_of(first_transformer(pipe)).values():
+        if (found := StreamSettings.of(recipe)) is not None:
+            return found
+    warnings.warn(
+        "no LoRA here was trained to make a video chunk by chunk (objective causal): the model's "
+        "own weights, unless they were, soon lose what they showed",
+        NotTrained,
+        stacklevel=3,
+    )
+    return StreamSettings()
+
+
+def _checked(prompts: Prompts) -> dict[int, str]:
+    found = {0: prompts} if isinstance(prompts, str) else dict(prompts)
+    if 0 not in found or any(frame < 0 for frame in found):
+        told = ", ".join(map(str, found)) or "none"
+        raise ValueError(f"prompts of a stream begin at frame 0, got frames {told}")
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Chunks of a stream in frames.
+
+    Args:
+        frames: asked for.
+        latents: latent frames of a chunk.
+        factor: frames of a latent frame, except for the first, which has one.
+    """
+
+    frames: int
+    latents: int
+    factor: int
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that hold the frames."""
+        latents = 1 + math.ceil((self.frames - 1) / self.factor)
+        return math.ceil(latents / self.latents)
+
+    def first(self, chunk: int) -> int:
+        """Number of a chunk's first frame."""
+        return max(0, 1 + (chunk * self.latents - 1) * self.factor)
+
+    def prompt(self, prompts: Mapping[int, str], chunk: int) -> str:
+        """Return the prompt of a chunk: the last that holds from one of its frames, or before."""
+        end = self.first(chunk + 1)
+        return prompts[max(frame for frame in prompts if frame < end)]
+
+
+class Streamer:
+    """Makes the chunks of one video, in order. `close` puts the model back.
+
+    Args:
+        pipe: with its LoRA, and a method attached or none.
+        clip: a result of `filled`; its frames are not read.
+        settings: see `settings_of`.
+        attention: that is on the model already, with these zones, and stays there; None: none is.
+    """
+
+    def __init__(
+        self,
+        pipe: "DiffusionPipeline",
+        clip: Clip,
+        settings: StreamSettings,
+        prompts: Prompts,
+        attention: ChunkedAttention | None = None,
+    ) -> None:
+        transformer = first_transformer(pipe)
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise ValueError(
+                f"{type(pipe).__name__} has two transformers, each for some noise levels, and a "
+                "stream keeps the cache of one: take a model of one"
+            )
+        self.pipe, self.clip, self.settings = pipe, clip, settings
+        self.prompts = _checked(prompts)
+        self.transformer, self.family = transformer, served_family(pipe)
+        if self.family.training.predicts != "flow":
+            raise ValueError(f"a stream needs flow matching, and {self.family.models} has another")
+        latents = settings.zones.frames * temporal_patch(transformer)
+        factor = vae_factor(pipe, "temporal")
+        assert factor is not None
+        assert clip.frames is not None
+        self.lengths = Lengths(clip.frames, latents, factor)
+        if (late := max(self.prompts)) >= clip.frames:
+            raise ValueError(f"a prompt holds from frame {late}, and the video has {clip.frames}")
+        one = clip.model_copy(update={"frames": 1 + (latents - 1) * factor})
+        self.grid = token_grid(pipe, one)  # refuses sizes that the model would round
+        self.levels = self._levels()
+        self._is_own = attention is None
+        self.attention = attention or ChunkedAttention(transformer, settings.zones)
+        self._texts: dict[str, dict[str, Tensor]] = {}
+        # Schedules and methods count steps by the scheduler, here those of a chunk and the pass
+        # into the cache.
+        levels, noise = self.levels[:-1], settings.noise
+        self._own_scheduler, self._steps = (
+            pipe.scheduler,
+            Sampler("euler", (*levels, noise) if 0 < noise < levels[-1] else levels),
+        )
+        pipe.scheduler = self._steps.scheduler(pipe.scheduler)
+
+    def _levels(self) -> tuple[float, ...]:
+        clip = self.clip
+        if clip.sampler not in (None, "euler", "lcm"):
+            raise ValueError(f"a stream is sampled by euler or lcm, got sampler {clip.sampler}")
+        if clip.levels:
+            return (*clip.levels, 0.0)
+        scheduler: Any = self.pipe.scheduler
+        shift = clip.shift or self.settings.shift or own_shift(scheduler.config)
+        return (*equal_steps(clip.steps or STEPS, shift), 0.0)
+
+    @property
+    def is_guided(self) -> bool:
+        return (self.clip.guidance_scale or 1.0) > 1
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a chunk, the one into the cache among them."""
+        return len(self.levels) * (1 + self.is_guided)
+
+    @property
+    def cached(self) -> int:
+        """Bytes of the caches."""
+        return self.attention.numbers * self.transformer.dtype.itemsize
+
+    def close(self) -> None:
+        self.pipe.scheduler = self._own_scheduler
+        self.attention.forget()
+        if self._is_own:
+            self.attention.remove()
+
+    @torch.no_grad()
+    def make(self, chunk: int) -> Tensor:
+        """Denoise the next chunk, put it into the cache and return its latents, float32 (1, C, f,
+        h, w). ValueError for latents that are not finite."""
+        generator = self._generator(chunk)
+        x = self._noise(generator)
+        self._begin_steps()
+        for high, low in itertools.pairwise(self.levels):
+            velocity = self._velocity(x, high, chunk)
+            if self.clip.sampler == "lcm" and low:
+                x = (1 - low) * (x - high * velocity) + low * self._noise(generator)
+            else:
+                x = x + (low - high) * velocity
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"the model made values that are not finite, in {self.transformer.dtype}; try "
+                "dtype float32 or bfloat16"
+            )
+        self._keep(chunk, x)
+        return x
+
+    @torch.no_grad()
+    def keep(self, chunk: int, latents: Tensor) -> None:
+        """Put the next chunk, which is there, into the cache."""
+        self._begin_steps()
+        self._keep(chunk, latents)
+
+    def _begin_steps(self) -> None:
+        scheduler: Any = self.pipe.scheduler
+        scheduler.set_timesteps(len(self._steps.levels), device=self.pipe._execution_device)
+
+    def _keep(self, chunk: int, latents: Tensor) -> None:
+        noise, level = self._noise(self._generator(chunk, "kept")), self.settings.noise
+        x = (1 - level) * latents.to(noise) + level * noise
+        for branch, text in self._branches(chunk):
+            with self.attention.chunk(branch, keeps=True):
+                self._predict(x, level, text)
+
+    def _branches(self, chunk: int) -> list[tuple[str, str]]:
+        found = [(COND, self.lengths.prompt(self.prompts, chunk))]
+        return [*found, (UNCOND, self.clip.negative_prompt or "")] if self.is_guided else found
+
+    def _velocity(self, x: Tensor, level: float, chunk: int) -> Tensor:
+        made = []
+        for branch, text in self._branches(chunk):
+            with self.attention.chunk(branch):
+                made.append(self._predict(x, level, text).float())
+        if len(made) == 1:
+            return made[0]
+        cond, uncond = made
+        return uncond + (self.clip.guidance_scale or 1.0) * (cond - uncond)
+
+    def _predict(self, x: Tensor, level: float, text: str) -> Tensor:
+        if text not in self._texts:
+            self._texts[text] = self._encoded(text)
+        sigma = x.new_full((len(x),), level)
+        conditions = self._texts[text]
+        return self.family.predict(
+            self.transformer, x.to(self.transformer.dtype), sigma, conditions
+        )
+
+    def _encoded(self, text: str) -> dict[str, Tensor]:
+        found = self.family.encode_prompt(self.pipe, [text], self.clip.max_tokens)
+        device, dtype = self.pipe._execution_device, self.transformer.dtype
+        put = {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in found.items()
+        }
+        if self.family.training.takes_fps:
+            put["fps"] = torch.full((1,), float(self.clip.fps or 0), device=device)
+        return put
+
+    def _generator(self, chunk: int, what: str = "made") -> torch.Generator:
+        digest = hashlib.sha256(f"{self.clip.seed} {chunk} {what}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def _noise(self, generator: torch.Generator) -> Tensor:
+        """(1, C, f, h, w) float32, drawn on the CPU."""
+        patch = patch_of(self.transformer.config)
+        sides = (n * p for n, p in zip(self.grid.grid, patch, strict=True))
+        channels = self.family.latent_channels(self.transformer.config)
+        noise = torch.randn((1, channels, *sides), generator=generator)
+        return noise.to(self.pipe._execution_device)
+
+    def latents(
+        self, earlier: Sequence[Tensor] = (), kept: Kept | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the latents of all chunks, which fill the frames asked for.
+
+        Args:
+            earlier: latents of the first chunks, which are not made again.
+            kept: called with each chunk that is made.
+        """
+        for chunk in range(self.lengths.chunks):
+            if chunk < len(earlier):
+                x = earlier[chunk].to(self.pipe._execution_device, torch.float32)
+                self.keep(chunk, x)
+            else:
+                x = self.make(chunk)
+                if kept is not None:
+                    kept(chunk, x)
+            yield x
+
+    def frames(
+        self, earlier: Sequence[Tensor] = (), kept: Kept | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield the frames as they are decoded, (f, H, W, 3) uint8 each; see `latents`."""
+        left = self.lengths.frames
+        with one_generation(self.pipe):
+            for pixels in decode_chunks(self.pipe, self.latents(earlier, kept)):
+                yield pixels[:left]
+                left -= len(pixels)
+                if left <= 0:
+                    return
+
+
+def stream(
+    pipe: "DiffusionPipeline",
+    prompt: Prompts,
+    *,
+    frames: int,
+    zones: Zones | None = None,
+    noise: float | None = None,
+    earlier: Sequence[Tensor] = (),
+    kept: Kept | None = None,
+    **fields: Any,
+) -> Iterator[np.ndarray]:
+    """Make a video of any length chunk by chunk, and yield its frames as they come.
+
+        pipe.load_lora_weights("demo_stream")
+        for pixels in gen_accel.stream(pipe, "a red circle moves left", frames=1000):
+            show(pixels)  # (f, H, W, 3) uint8
+
+    Memory and the time of a frame do not grow with the length. The model is as it was once the
+    iterator ends or is closed.
+
+    Args:
+        pipe: a diffusers pipeline with one transformer, on its device.
+        prompt: the text, or texts by the frame from which each holds: {0: "...", 300: "..."}.
+        frames: number of frames; the last chunk is cut.
+        zones, noise: what a chunk sees of earlier ones, and the noise level of these. None: as the
+            LoRA on the pipeline was trained.
+        earlier: latents of the first chunks, to go on from; see `kept`.
+        kept: called with the number and the latents (1, C, f, h, w) of each new chunk.
+        fields: of `gen-accel generate`'s clip: height, width, steps, guidance_scale,
+            negative_prompt, sampler, levels, shift, seed, fps, max_tokens.
+
+    Raises:
+        ValueError: before the first frame, a model or autoencoder that does not stream, sizes that
+            the model would round, or prompts beyond the end.
+
+    Warns:
+        NotTrained: no LoRA on the pipeline was trained to stream.
+    """
+    found = settings_of(pipe) if zones is None or noise is None else StreamSettings()
+    settings = StreamSettings(
+        found.zones if zones is None else zones,
+        found.noise if noise is None else noise,
+        found.shift,
+    )
+    clip = Clip(frames=frames, **fields)
+    streamer = Streamer(pipe, stream_clip(pipe, clip), settings, prompt)
+    return _frames(streamer, earlier, kept)
+
+
+def _frames(
+    streamer: Streamer, earlier: Sequence[Tensor], kept: Kept | None
+) -> Iterator[np.ndarray]:
+    try:
+        yield from streamer.frames(earlier, kept)
+    finally:
+        streamer.close()
+
+
+def stream_clip(pipe: "DiffusionPipeline", clip: Clip) -> Clip:
+    """Fill the open values of a clip that streams with the pipeline's own, `STEPS`, and guidance 1
+    with a LoRA that holds it."""
+    given: dict[str, Any] = {"steps": clip.steps or len(clip.levels) or STEPS}
+    held = any(one.holds_guidance for one in recipes_of(first_transformer(pipe)).values())
+    if clip.guidance_scale is None and held:
+        given["guidance_scale"] = 1.0
+    return filled(pipe, clip.model_copy(update=given))

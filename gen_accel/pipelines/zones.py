@@ -1,0 +1,80 @@
+"""What a chunk of a video that is made chunk by chunk sees of the chunks before it."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from gen_accel.video import VideoShape
+
+Middle = Literal["none", "salient", "grid", "all"]
+MIDDLES: tuple[Middle, ...] = get_args(Middle)
+SHARE = 16  # tokens of a chunk for each one that a middle keeps
+CELL = 4  # side of a cell of the grid, in tokens
+
+
+@dataclass(frozen=True)
+class Zones:
+    """What a chunk sees of the chunks before it.
+
+    Args:
+        frames: latent frames of a chunk, after patchify.
+        window: newest chunks, of which all tokens are seen.
+        sink: first chunks that are seen for ever.
+        middle: of the chunks between: "none"; "salient": the tokens whose values are farthest from
+            the chunk's mean value, and one mean of all others; "grid": the means of cells of 4 x 4
+            tokens; "all" their tokens.
+        remembered: chunks of the middle; the oldest falls out.
+
+    Raises:
+        ValueError: numbers out of range, a window below the sink, or a middle of another name.
+    """
+
+    frames: int = 3
+    window: int = 2
+    sink: int = 0
+    middle: Middle = "none"
+    remembered: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("window", 1), ("sink", 0), ("remembered", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+        if self.window < self.sink:
+            raise ValueError(
+                f"window {self.window} is below sink {self.sink}: take a window of as many or more"
+            )
+        if self.middle not in MIDDLES:
+            raise ValueError(f"middle must be one of {', '.join(MIDDLES)}, got {self.middle!r}")
+
+    def __str__(self) -> str:
+        sink = f", the first {self.sink}" if self.sink else ""
+        middle = f", {self.middle} of {self.remembered} between" if self.middle != "none" else ""
+        return f"chunks of {self.frames} latent frames, the last {self.window}{sink}{middle}"
+
+    def to_dict(self) -> dict[str, int | str]:
+        return asdict(self)
+
+    def tokens(self, video: VideoShape) -> int:
+        """Number of keys that a chunk of this grid sees once the cache is full, its own among
+        them."""
+        return video.video_tokens * (1 + self.window + self.sink) + self._middle(video)
+
+    def kept(self, video: VideoShape) -> int:
+        """Number of tokens whose keys and values a cache holds once it is full."""
+        return self.tokens(video) - video.video_tokens
+
+    def _middle(self, video: VideoShape) -> int:
+        """Number of tokens in the middle."""
+        if self.middle == "none":
+            return 0
+        each = video.video_tokens
+        if self.middle == "salient":
+            each = salient_tokens(each) + 1
+        elif self.middle == "grid":
+            each = -(-video.height // CELL) * -(-video.width // CELL) * video.frames
+        return self.remembered * each
+
+
+def salient_tokens(tokens: int) -> int:
+    """Number of a chunk's tokens that stay exact in a middle."""
+    return max(1, tokens // SHARE - 1)
