@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from gen_accel.pipelines import save_processors as save_processors
     from gen_accel.pipelines import tune as tune
     from gen_accel.pipelines.attach import attach as attach
-    from gen_accel.pipelines.generation.stream import stream as stream
     from gen_accel.pipelines.image_prompt import ScaleRange as ScaleRange
     from gen_accel.pipelines.image_prompt import load_image_prompt as load_image_prompt
     from gen_accel.pipelines.long_video import extend as extend
+    from gen_accel.pipelines.streaming import stream as stream
     from gen_accel.plan import Plan as Plan
     from gen_accel.video import VideoShape as VideoShape
 else:
@@ -57,9 +57,9 @@ else:
             ".pipelines": "Schedule calibrate load_processors load_trained load_tuned "
             "measure_profile save_processors tune",
             ".pipelines.attach": "attach",
-            ".pipelines.generation.stream": "stream",
             ".pipelines.image_prompt": "ScaleRange load_image_prompt",
             ".pipelines.long_video": "extend",
+            ".pipelines.streaming": "stream",
             ".plan": "Plan",
             ".video": "VideoShape",
             **dict.fromkeys((".demo", ".kernels", ".lora"), ""),

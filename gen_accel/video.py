@@ -1,7 +1,9 @@
-"""Token grid of one video: the only geometry that the rest of the package sees."""
+"""Token grid of one video, the only geometry that the rest of the package sees; and how many
+latents there are of so many frames."""
 
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import NamedTuple
 
 from gen_accel.parsing import shown
 
@@ -50,3 +52,42 @@ class VideoShape:
     def __str__(self) -> str:
         text = f" + {self.text} text" if self.text else ""
         return f"{self.frames} x {self.height} x {self.width}{text}"
+
+
+class Coding(NamedTuple):
+    """How many latents an autoencoder makes of a video: a + c n frames are b + l n latents.
+
+    Args:
+        frames, latents: c and l, of a chunk.
+        first, base: a and b, of the shortest video.
+    """
+
+    frames: int
+    latents: int = 1
+    first: int = 1
+    base: int = 1
+
+    def codes(self, frames: int) -> bool:
+        """Whether a video of so many frames leaves no rest."""
+        return frames >= self.first and not (frames - self.first) % self.frames
+
+    def latents_of(self, frames: int) -> int:
+        """Latents of a video that leaves no rest."""
+        return (frames - self.first) // self.frames * self.latents + self.base
+
+    def frames_of(self, latents: int) -> int:
+        """Frames of a video of whole chunks with at least so many latents."""
+        return -(-(latents - self.base) // self.latents) * self.frames + self.first
+
+    def spans(self, frames: int) -> list[int]:
+        """Frames that each latent of a video is of; the first one of a chunk is of one frame."""
+        chunks = (frames - self.first) // self.frames
+        if self.latents == 1:
+            return [self.first] * self.base + [self.frames] * chunks
+        whole = [1] + [(self.frames - 1) // (self.latents - 1)] * (self.latents - 1)
+        return whole * chunks + whole[: self.base]
+
+    @property
+    def rule(self) -> str:
+        """The numbers of frames that leave no rest, in words."""
+        return f"{self.frames} n + {self.first}"

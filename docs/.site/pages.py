@@ -91,6 +91,7 @@ API = {
         [
             "gen_accel.pipelines.long_video.extend",
             "gen_accel.pipelines.long_video.technique.Technique",
+            "gen_accel.pipelines.streaming.stream",
         ],
     ),
     "image_prompts": (

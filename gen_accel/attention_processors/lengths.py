@@ -1,54 +1,16 @@
 """Lengths and sizes of video: in pixels, in latents, and in tokens after patchify."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from gen_accel.parsing import fits, shown
+from gen_accel.video import Coding
 
 # Attributes of pipelines with the compression of latents, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
 
 # Pipelines take heights and widths that this divides, whatever the autoencoder.
 PIXELS = 16
-
-
-class Coding(NamedTuple):
-    """How many latents an autoencoder makes of a video: a + c n frames are b + l n latents.
-
-    Args:
-        frames, latents: c and l, of a chunk.
-        first, base: a and b, of the shortest video.
-    """
-
-    frames: int
-    latents: int = 1
-    first: int = 1
-    base: int = 1
-
-    def codes(self, frames: int) -> bool:
-        """Whether a video of so many frames leaves no rest."""
-        return frames >= self.first and not (frames - self.first) % self.frames
-
-    def latents_of(self, frames: int) -> int:
-        """Latents of a video that leaves no rest."""
-        return (frames - self.first) // self.frames * self.latents + self.base
-
-    def frames_of(self, latents: int) -> int:
-        """Frames of a video of whole chunks with at least so many latents."""
-        return -(-(latents - self.base) // self.latents) * self.frames + self.first
-
-    def spans(self, frames: int) -> list[int]:
-        """Frames that each latent of a video is of; the first one of a chunk is of one frame."""
-        chunks = (frames - self.first) // self.frames
-        if self.latents == 1:
-            return [self.first] * self.base + [self.frames] * chunks
-        whole = [1] + [(self.frames - 1) // (self.latents - 1)] * (self.latents - 1)
-        return whole * chunks + whole[: self.base]
-
-    @property
-    def rule(self) -> str:
-        """The numbers of frames that leave no rest, in words."""
-        return f"{self.frames} n + {self.first}"
 
 
 def vae_factor(pipe: object, axis: str) -> int | None:

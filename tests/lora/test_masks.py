@@ -8,7 +8,6 @@ from support import finetuning as ft
 from support import wan
 from support.clips import footage
 
-from gen_accel.attention_processors.lengths import Coding
 from gen_accel.lora import trainer
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.inputs import reduce_mask
@@ -18,6 +17,7 @@ from gen_accel.lora.data.finding import find_videos
 from gen_accel.lora.objective import Loss, Objective
 from gen_accel.lora.prepare import check_cache
 from gen_accel.measure.video_io import write_video
+from gen_accel.video import Coding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -308,7 +308,7 @@ def test_metrics_of_one_file(run, tmp_path):
     assert written == json.loads(json.dumps(found.to_dict()))
     for name in ("loop score", "colour drift", "contrast drift", "dynamic degree", "flicker"):
         assert name in result.stdout
-    assert f"{found.similarity:.3f} at the lag" in result.stdout
+    assert f"{found.similarity:.3f} at the given" in result.stdout
 
 
 def test_metrics_against_a_reference(run, tmp_path):

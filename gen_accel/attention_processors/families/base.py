@@ -45,11 +45,10 @@ from gen_accel.attention_processors.families.sites import (
     in_patches,
     in_stacks,
 )
-from gen_accel.attention_processors.lengths import Coding
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.registry import FIRST, KINDS, LAST, VIDEO
 from gen_accel.served import FAMILIES
-from gen_accel.video import VideoShape
+from gen_accel.video import Coding, VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -30,9 +30,8 @@ from gen_accel.attention_processors.families.latents import (
 )
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.sites import Model, outside_graphs
-from gen_accel.attention_processors.lengths import Coding
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.video import VideoShape
+from gen_accel.video import Coding, VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -19,7 +19,6 @@ from torch import Tensor
 from gen_accel.attention_processors.families import Given
 from gen_accel.attention_processors.families.pipelines import choose, part_of, takes
 from gen_accel.attention_processors.image_prompt import Projector
-from gen_accel.attention_processors.lengths import Coding
 from gen_accel.hub import fetched, index_file
 from gen_accel.io import read_fields, read_index
 from gen_accel.lora.caching.encoders import Encoders, hash_of, model_state, on_device
@@ -29,6 +28,7 @@ from gen_accel.lora.data.survey import ClipFacts
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, pixels
 from gen_accel.registry import FIRST, LAST, VIDEO
+from gen_accel.video import Coding
 
 if TYPE_CHECKING:
     from gen_accel.attention_processors.families.base import Family

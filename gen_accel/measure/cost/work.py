@@ -184,7 +184,7 @@ def _autoencoder(
         decode = parts
 
         def drain() -> None:
-            for _ in decode(model, z):  # one part is held while the next is made, as in decoding
+            for _ in decode(model, [z]):  # one part is held while the next is made, as in decoding
                 pass
 
         return traced(drain)

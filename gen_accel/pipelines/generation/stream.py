@@ -330,64 +330,6 @@ class Streamer:
                     return
 
 
-def stream(
-    pipe: "DiffusionPipeline",
-    prompt: Prompts,
-    *,
-    frames: int,
-    zones: Zones | None = None,
-    noise: float | None = None,
-    earlier: Sequence[Tensor] = (),
-    kept: Kept | None = None,
-    **fields: Any,
-) -> Iterator[np.ndarray]:
-    """Make a video of any length chunk by chunk, and yield its frames as they come.
-
-        pipe.load_lora_weights("demo_stream")
-        for pixels in gen_accel.stream(pipe, "a red circle moves left", frames=1000):
-            show(pixels)  # (f, H, W, 3) uint8
-
-    Memory and the time of a frame do not grow with the length. The model is as it was once the
-    iterator ends or is closed.
-
-    Args:
-        pipe: a diffusers pipeline with one transformer, on its device.
-        prompt: the text, or texts by the frame from which each holds: {0: "...", 300: "..."}.
-        frames: number of frames; the last chunk is cut.
-        zones, noise: what a chunk sees of earlier ones, and the noise level of these. None: as the
-            LoRA on the pipeline was trained.
-        earlier: latents of the first chunks, to go on from; see `kept`.
-        kept: called with the number and the latents (1, C, f, h, w) of each new chunk.
-        fields: of `gen-accel generate`'s clip: height, width, steps, guidance_scale,
-            negative_prompt, sampler, levels, shift, seed, fps, max_tokens.
-
-    Raises:
-        ValueError: before the first frame, a model or autoencoder that does not stream, sizes that
-            the model would round, or prompts beyond the end.
-
-    Warns:
-        NotTrained: no LoRA on the pipeline was trained to stream.
-    """
-    found = settings_of(pipe) if zones is None or noise is None else StreamSettings()
-    settings = StreamSettings(
-        found.zones if zones is None else zones,
-        found.noise if noise is None else noise,
-        found.shift,
-    )
-    clip = Clip(frames=frames, **fields)
-    streamer = Streamer(pipe, stream_clip(pipe, clip), settings, prompt)
-    return _frames(streamer, earlier, kept)
-
-
-def _frames(
-    streamer: Streamer, earlier: Sequence[Tensor], kept: Kept | None
-) -> Iterator[np.ndarray]:
-    try:
-        yield from streamer.frames(earlier, kept)
-    finally:
-        streamer.close()
-
-
 def stream_clip(pipe: "DiffusionPipeline", clip: Clip) -> Clip:
     """Fill the open values of a clip that streams with the pipeline's own, `STEPS`, and guidance 1
     with a LoRA that holds it."""

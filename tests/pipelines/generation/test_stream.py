@@ -25,7 +25,6 @@ from gen_accel.pipelines.generation.stream import (
     Streamer,
     StreamSettings,
     settings_of,
-    stream,
     stream_clip,
 )
 from gen_accel.pipelines.sampler import Sampler
@@ -136,7 +135,9 @@ class TestChunks:
         before = wan.generate(pipe)
         streamed(pipe, frames=5)
         assert torch.equal(wan.generate(pipe), before)
-        frames = stream(pipe, PROMPT, frames=45, zones=SETTINGS.zones, noise=0.1, **ASKED)
+        frames = gen_accel.stream(
+            pipe, PROMPT, frames=45, zones=SETTINGS.zones, noise=0.1, **ASKED
+        )
         next(frames)
         frames.close()
         assert torch.equal(wan.generate(pipe), before)
