@@ -123,11 +123,10 @@ def streamed(
     settings = StreamSettings(zones, own.noise, own.shift)
     with gen_accel.attach(pipe, gen_accel.Dense()):
         streamer = Streamer(pipe, stream_clip(pipe, clip), settings, prompt)
-        times, frames = [time.process_time()], []
+        times, frames, cached = [time.process_time()], [], 0
         for pixels in streamer.frames(kept=lambda *_: times.append(time.process_time())):
             frames.append(pixels)
-        cached = streamer.cached
-        streamer.close()
+            cached = streamer.cached
     video = np.concatenate(frames)
     seconds = [round(b - a, 4) for a, b in itertools.pairwise(times)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

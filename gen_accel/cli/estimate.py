@@ -9,7 +9,7 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.hub import check_subject
 from gen_accel.paths import model_files, model_named
-from gen_accel.pipelines.generation.config import LONGEST, MethodConfig, check_length
+from gen_accel.pipelines.generation.config import LONGEST, SCHEDULE, MethodConfig, check_length
 from gen_accel.registry import Quantised, check_loading
 from gen_accel.video import VideoShape
 
@@ -121,9 +121,11 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
         check_length(self.frames, self.seconds)
         check_loading(self.dtype, self.offload, self.quantize)
         self.check_method(self.steps)
-        for name in ("method", "preset", "curve", "bound", "efficiency"):
-            if self.stream and self.is_given(name):
-                raise ValueError(f"--{name} is of a whole clip, got --stream too: leave one out")
+        whole = {"method", "set", "preset", *SCHEDULE, "curve", "bound", "efficiency"}
+        given = [name for name in self.options() if name in whole and self.is_given(name)]
+        for name in given if self.stream else ():
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is of a whole clip, got --stream too: leave one out")
         if self.gpu is not None:
             from gen_accel.measure.cost.figures import card_named
 

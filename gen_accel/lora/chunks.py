@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.families import Family
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import noise_level
+from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.config import CAUSAL, TrainConfig
+from gen_accel.pipelines.long_video.chunks import streaming_family
 from gen_accel.pipelines.zones import Middle, Zones
 
 if TYPE_CHECKING:
@@ -122,18 +123,23 @@ def context_level(config: TrainConfig) -> float:
     return round(config.context_noise / 3, 6)
 
 
-def check_chunks(config: TrainConfig, family: Family, frames: Sequence[int]) -> None:
-    """Refuse, by a ValueError, a model that makes no chunks, and clips that chunks do not divide.
+def check_chunks(
+    config: TrainConfig, transformer: "ModelMixin", condition: str, frames: Sequence[int]
+) -> None:
+    """Refuse, by a ValueError, a model that makes no chunks from text alone, and clips that chunks
+    do not divide.
 
     Args:
+        condition: that the model trains under, see `CONDITIONS`.
         frames: latent frames of each stage, after patchify.
     """
     if config.objective != CAUSAL:
         return
-    if not family.serves("streams") or family.training.predicts != "flow":
+    streaming_family(transformer)
+    if condition != TEXT:
         raise ValueError(
-            f"objective causal is not for {family.models}, whose keys are not cached chunk by "
-            "chunk here: see docs/streaming.md"
+            f"objective causal trains models that make videos from text, and {config.model} is "
+            f"trained under condition {condition}: take another objective"
         )
     for stage, count in zip(config.curriculum, frames, strict=True):
         chunk = config.chunk_frames

@@ -262,10 +262,7 @@ class Validation:
         settings = StreamSettings(chunked.zones, context_level(self.config), self.shift)
         streamer = Streamer(self.pipe, clip, settings, prompt, chunked)
         chunks = streamer.lengths.chunks
-        try:
-            frames = [*streamer.frames(kept=lambda chunk, _: tick(chunk + 1, chunks))]
-        finally:
-            streamer.close()
+        frames = [*streamer.frames(kept=lambda chunk, _: tick(chunk + 1, chunks))]
         return Sample(np.concatenate(frames), 0.0, 0.0)
 
     def lacks(self, done: int) -> bool:

@@ -336,7 +336,7 @@ def model_of(config: TrainConfig, pipe: "DiffusionPipeline") -> ModelToTrain:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, boundary)
     lasting = [grid(config, pipe, stage.frames).frames for stage in config.curriculum]
-    check_chunks(config, family_of(transformer), lasting)
+    check_chunks(config, transformer, condition, lasting)
     method = method_from(config.method, config.settings)
     lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
-    from gen_accel.pipelines.generation.stream import Streamer
     from gen_accel.pipelines.zones import Zones
 
 
@@ -64,13 +63,4 @@ def stream(
     )
     clip = Clip(frames=frames, **fields)
     streamer = stream.Streamer(pipe, stream.stream_clip(pipe, clip), settings, prompt)
-    return _frames(streamer, earlier, kept)
-
-
-def _frames(
-    streamer: "Streamer", earlier: "Sequence[Tensor]", kept: "Callable[[int, Tensor], None] | None"
-) -> "Iterator[np.ndarray]":
-    try:
-        yield from streamer.frames(earlier, kept)
-    finally:
-        streamer.close()
+    return streamer.frames(earlier, kept)

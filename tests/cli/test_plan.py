@@ -26,6 +26,10 @@ VERBS = {
     "estimate with a curve": (
         *("estimate", "--model", "demo", *CLIP, "--efficiency", "0.7", "--gpu", "4090", "--curve"),
     ),
+    "estimate of a stream": (
+        *("estimate", "--model", "Wan2.1-T2V-1.3B", "--stream", "--gpu", "4090"),
+        *("--frames", "1000", "--guidance-scale", "1"),
+    ),
     "techniques": ("show", "--model", "demo", "--frames", "129", "--extend", "riflex"),
     "estimate for a card": (
         *("estimate", "--model", "Wan2.2-T2V-A14B", "--gpu", "4090", "--offload", "model"),
@@ -101,6 +105,19 @@ def test_a_plan_is_of_the_run_that_the_options_describe(run, tmp_path):
     assert "20 steps" in planned
     assert "75%" in planned
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_stream_is_of_its_lora(run):
+    """Its chunks, and guidance held in it; what is of a whole clip is refused."""
+    args = ("--model", "demo", "--stream", "--gpu", "4090", "--frames", "1000")
+    planned = run("generate", *args, "--plan").stdout
+    assert "chunks of 3 latent frames, the last 2" in planned
+    assert "6 steps and a pass into the cache" in " ".join(planned.split())
+    assert "1,000 frames:" in planned
+    for flag, value in (("--dense-start", "0.2"), ("--method", "radial"), ("--efficiency", "1")):
+        refused = run("estimate", *args, flag, value, code=2).stderr
+        assert f"{flag} is of a whole clip, got --stream too" in refused
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support import finetuning as ft
 from support import wan
+from support.image_models import cogvideox
 from support.objectives import built, say_something
 
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
@@ -219,13 +220,16 @@ class TestRefusals:
             TrainConfig(**(fields() | wrong))
 
     def test_clips_that_chunks_do_not_divide(self):
-        given = TrainConfig(**fields(chunk_frames=2))
+        given, model = TrainConfig(**fields(chunk_frames=2)), wan.transformer()
         with pytest.raises(ValueError, match="5 latent frames, which are not two or more chunks"):
-            check_chunks(given, family, [5])
+            check_chunks(given, model, "text", [5])
         with pytest.raises(ValueError, match="not two or more chunks of chunk_frames 2"):
-            check_chunks(given, family, [2])
-        check_chunks(given, family, [4])
+            check_chunks(given, model, "text", [2])
+        check_chunks(given, model, "text", [4])
 
-    def test_models_whose_keys_are_not_cached(self):
-        with pytest.raises(ValueError, match="objective causal is not for CogVideoX"):
-            check_chunks(TrainConfig(**fields()), family_named("cogvideox"), [5])
+    def test_models_that_do_not_stream(self):
+        given = TrainConfig(**fields())
+        with pytest.raises(ValueError, match="no streams for CogVideoXTransformer3DModel"):
+            check_chunks(given, cogvideox(), "text", [5])
+        with pytest.raises(ValueError, match="trained under condition first_frame"):
+            check_chunks(given, wan.transformer(), "first_frame", [5])

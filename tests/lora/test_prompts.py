@@ -149,7 +149,7 @@ class TestSameVideos:
             prompts=model.prompts,
         )
         videos = []
-        monkeypatch.setattr(made, "_write", lambda i, video, done: videos.append(video))
+        monkeypatch.setattr(made, "_write", lambda i, made, done: videos.append(made.video))
         made(0)
         whole = load_whole(given, model.pipe)
         for i, prompt in enumerate(given.validation_prompts):

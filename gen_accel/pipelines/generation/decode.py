@@ -23,7 +23,6 @@ from gen_accel.attention_processors.families import families, family_named, serv
 from gen_accel.attention_processors.families.decoders import (
     Parts,
     frame_by_frame,
-    is_causal,
     parts_of,
 )
 from gen_accel.attention_processors.families.pipelines import takes
@@ -114,12 +113,7 @@ def decode_stream(
 
 def decode_chunks(pipe: "DiffusionPipeline", chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """Decode latents as they come, (1, C, f, h, w) each, one after the other in time, to chunks of
-    (f, H, W, 3) uint8. ValueError for an autoencoder that must see later latents too."""
-    if not is_causal(pipe.vae):
-        raise ValueError(
-            f"{type(pipe.vae).__name__} decodes latents together with later ones: a video without "
-            "end needs AutoencoderKLWan"
-        )
+    (f, H, W, 3) uint8. The autoencoder is one that `is_causal`."""
     return _decoded(pipe, chunks, frame_by_frame, None)
 
 

@@ -425,9 +425,8 @@ def _streamed(plan: GenerationPlan) -> Generated:
         stack.enter_context(handle)
         settings = settings_of_stream(pipe)
         streamer = Streamer(pipe, clip, settings, prompts_of(video.texts))
-        stack.callback(streamer.close)
         asked = {
-            **{k: v for k, v in plan.request.items() if k not in ("frames", "model")},
+            **plan.request,
             **values_of_clip(clip.model_copy(update={"frames": None})),
             "zones": settings.zones.to_dict(),
             "noise": settings.noise,

@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import one_generation
 from gen_accel.attention_processors.attached.recipe import Recipe, recipes_of
+from gen_accel.attention_processors.families.decoders import is_causal
+from gen_accel.attention_processors.families.pipelines import choose
 from gen_accel.attention_processors.lengths import patch_of, temporal_patch, vae_factor
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.config import Clip
@@ -28,11 +31,10 @@ from gen_accel.pipelines.generation.decode import decode_chunks
 from gen_accel.pipelines.generation.sampling import (
     filled,
     first_transformer,
-    served_family,
     token_grid,
 )
 from gen_accel.pipelines.generation.stream_cost import STEPS
-from gen_accel.pipelines.long_video.chunks import ChunkedAttention
+from gen_accel.pipelines.long_video.chunks import ChunkedAttention, streaming_family
 from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
 from gen_accel.pipelines.zones import Zones
 
@@ -134,13 +136,18 @@ class Lengths:
 
 
 class Streamer:
-    """Makes the chunks of one video, in order. `close` puts the model back.
+    """Maker of the chunks of one video, in order. While `latents` or `frames` run, the model sees
+    earlier chunks and its scheduler counts the steps of one.
 
     Args:
         pipe: with its LoRA, and a method attached or none.
         clip: a result of `filled`; its frames are not read.
         settings: see `settings_of`.
         attention: that is on the model already, with these zones, and stays there; None: none is.
+
+    Raises:
+        ValueError: a model that does not stream or needs more than a text, sizes that it would
+            round, a sampler that is not euler or lcm, or prompts beyond the end.
     """
 
     def __init__(
@@ -159,9 +166,19 @@ class Streamer:
             )
         self.pipe, self.clip, self.settings = pipe, clip, settings
         self.prompts = _checked(prompts)
-        self.transformer, self.family = transformer, served_family(pipe)
-        if self.family.training.predicts != "flow":
-            raise ValueError(f"a stream needs flow matching, and {self.family.models} has another")
+        self.transformer, self.family = transformer, streaming_family(transformer)
+        kind = type(pipe).__name__
+        index = {**pipe.config, "_class_name": kind}
+        choose(
+            index, transformer.config, (), pipe.name_or_path or kind
+        )  # refuses picture to video
+        if self.family.needs_control(transformer.config):
+            raise ValueError(f"a stream is made from text alone, and {kind} needs a control video")
+        if not is_causal(pipe.vae):
+            raise ValueError(
+                f"{type(pipe.vae).__name__} decodes latents together with later ones: a video "
+                "without end needs AutoencoderKLWan"
+            )
         latents = settings.zones.frames * temporal_patch(transformer)
         factor = vae_factor(pipe, "temporal")
         assert factor is not None
@@ -172,17 +189,12 @@ class Streamer:
         one = clip.model_copy(update={"frames": 1 + (latents - 1) * factor})
         self.grid = token_grid(pipe, one)  # refuses sizes that the model would round
         self.levels = self._levels()
-        self._is_own = attention is None
-        self.attention = attention or ChunkedAttention(transformer, settings.zones)
+        self._given, self._attention = attention, attention
         self._texts: dict[str, dict[str, Tensor]] = {}
         # Schedules and methods count steps by the scheduler, here those of a chunk and the pass
         # into the cache.
         levels, noise = self.levels[:-1], settings.noise
-        self._own_scheduler, self._steps = (
-            pipe.scheduler,
-            Sampler("euler", (*levels, noise) if 0 < noise < levels[-1] else levels),
-        )
-        pipe.scheduler = self._steps.scheduler(pipe.scheduler)
+        self._steps = Sampler("euler", (*levels, noise) if 0 < noise < levels[-1] else levels)
 
     def _levels(self) -> tuple[float, ...]:
         clip = self.clip
@@ -205,14 +217,27 @@ class Streamer:
 
     @property
     def cached(self) -> int:
-        """Bytes of the caches."""
+        """Bytes of the caches, which are there while `latents` or `frames` run."""
         return self.attention.numbers * self.transformer.dtype.itemsize
 
-    def close(self) -> None:
-        self.pipe.scheduler = self._own_scheduler
-        self.attention.forget()
-        if self._is_own:
-            self.attention.remove()
+    @property
+    def attention(self) -> ChunkedAttention:
+        assert self._attention is not None, "at work"
+        return self._attention
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Have the attention and the scheduler of chunks on the model."""
+        own = self.pipe.scheduler
+        attention = self._given or ChunkedAttention(self.transformer, self.settings.zones)
+        self._attention, self.pipe.scheduler = attention, self._steps.scheduler(own)
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = own
+            attention.forget()
+            if self._given is None:
+                attention.remove()
 
     @torch.no_grad()
     def make(self, chunk: int) -> Tensor:
@@ -300,30 +325,31 @@ class Streamer:
 
     def latents(
         self, earlier: Sequence[Tensor] = (), kept: Kept | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         """Yield the latents of all chunks, which fill the frames asked for.
 
         Args:
             earlier: latents of the first chunks, which are not made again.
             kept: called with each chunk that is made.
         """
-        for chunk in range(self.lengths.chunks):
-            if chunk < len(earlier):
-                x = earlier[chunk].to(self.pipe._execution_device, torch.float32)
-                self.keep(chunk, x)
-            else:
-                x = self.make(chunk)
-                if kept is not None:
-                    kept(chunk, x)
-            yield x
+        with self._at_work():
+            for chunk in range(self.lengths.chunks):
+                if chunk < len(earlier):
+                    x = earlier[chunk].to(self.pipe._execution_device, torch.float32)
+                    self.keep(chunk, x)
+                else:
+                    x = self.make(chunk)
+                    if kept is not None:
+                        kept(chunk, x)
+                yield x
 
     def frames(
         self, earlier: Sequence[Tensor] = (), kept: Kept | None = None
     ) -> Iterator[np.ndarray]:
         """Yield the frames as they are decoded, (f, H, W, 3) uint8 each; see `latents`."""
         left = self.lengths.frames
-        with one_generation(self.pipe):
-            for pixels in decode_chunks(self.pipe, self.latents(earlier, kept)):
+        with one_generation(self.pipe), closing(self.latents(earlier, kept)) as latents:
+            for pixels in decode_chunks(self.pipe, latents):
                 yield pixels[:left]
                 left -= len(pixels)
                 if left <= 0:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.attachment import attachments_of, extend_attention
 from gen_accel.attention_processors.attached.layer import AttentionExtension, MethodRun
-from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.pipelines.long_video.blocks import Remembered, query_blocks
 from gen_accel.pipelines.zones import CELL, Middle, Zones, salient_tokens
 from gen_accel.plan import Plan
@@ -204,6 +204,15 @@ class Chunk(NamedTuple):
     keeps: bool = False
 
 
+def streaming_family(transformer: nn.Module) -> Family:
+    """Return the family of a model that can make a video chunk by chunk; ValueError for keys that
+    cannot be turned in time, and for a model without flow matching."""
+    family = family_for(transformer, "streams")
+    if family.training.predicts != "flow":
+        raise ValueError(f"a stream needs flow matching, and {family.models} has another")
+    return family
+
+
 class ChunkedAttention:
     """Self-attention of a transformer over chunks, until `remove` is called.
 
@@ -222,7 +231,7 @@ class ChunkedAttention:
 
     def __init__(self, transformer: nn.Module, zones: Zones) -> None:
         self.transformer, self.zones = transformer, zones
-        self.family = family_for(transformer, "streams")
+        self.family = streaming_family(transformer)
         for one in (one for owner in attachments_of(transformer) for one in owner.extensions):
             raise ValueError(
                 f"{one.name} is on this model, and a stream goes alone: remove it first"

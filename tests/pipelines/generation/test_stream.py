@@ -45,11 +45,7 @@ def streamer(pipe, frames=45, prompts=PROMPT, settings=SETTINGS, **fields):
 
 def streamed(pipe, **given):
     """Latents of all chunks."""
-    made = streamer(pipe, **given)
-    try:
-        return [*made.latents()]
-    finally:
-        made.close()
+    return [*streamer(pipe, **given).latents()]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +62,6 @@ class TestChunks:
         generator = made._generator(0)
         noise = made._noise(made._generator(0))
         [found] = made.latents()
-        made.close()
         torch.randn(noise.shape, generator=generator)  # the clip's own
         with Sampler(sampler, shift=3.0).at_work(pipe, generator):
             wanted = pipe(
@@ -105,26 +100,19 @@ class TestChunks:
         made, sizes = streamer(pipe, frames=93), []
         for _ in made.latents():
             sizes.append(made.cached)
-        whole = made.cached
-        made.close()
+        whole = sizes[-1]
         full = 1 + 1 + 2 + 1  # window, sink, middle, and the chunk that comes
         assert len({*sizes[full:]}) == 1 < len({*sizes[:full]})
         guided = streamer(pipe, frames=93, guidance_scale=3.0)
-        for _ in guided.latents():
-            pass
-        assert guided.cached == 2 * whole
+        assert [guided.cached for _ in guided.latents()][-1] == 2 * whole
         assert whole == 4 * 2 * 2 * 32 * SETTINGS.zones.kept(guided.grid)  # fp32, k and v, layers
-        guided.close()
 
     def test_steps_are_counted_by_chunk(self, pipe):
         """Two steps and the pass into the cache, of which a schedule keeps the first dense."""
         schedule, method = Schedule(dense_steps=1), Piecewise(0.5, block_q=16, block_k=16)
         settings = StreamSettings(Zones(2, window=1), 0.1, 3.0)
         with gen_accel.attach(pipe, method, schedule=schedule) as handle:
-            made = streamer(pipe, settings=settings)
-            for _ in made.frames():
-                pass
-            made.close()
+            assert sum(map(len, streamer(pipe, settings=settings).frames())) == 45
             records = handle.summary().records
         steps = {step for _, step in records}
         assert steps == {0, 1, 2}
@@ -135,18 +123,19 @@ class TestChunks:
         before = wan.generate(pipe)
         streamed(pipe, frames=5)
         assert torch.equal(wan.generate(pipe), before)
-        frames = gen_accel.stream(
-            pipe, PROMPT, frames=45, zones=SETTINGS.zones, noise=0.1, **ASKED
-        )
-        next(frames)
-        frames.close()
-        assert torch.equal(wan.generate(pipe), before)
+        for count in (0, 1):  # begun, or never
+            frames = gen_accel.stream(
+                pipe, PROMPT, frames=45, zones=SETTINGS.zones, noise=0.1, **ASKED
+            )
+            shown = [next(frames) for _ in range(count)]
+            frames.close()
+            assert len(shown) == count
+            assert torch.equal(wan.generate(pipe), before)
 
     def test_it_goes_on_from_what_is_there_to_the_bit(self, pipe):
         whole = streamed(pipe)
         made, kept = streamer(pipe), {}
         again = [*made.latents(whole[:3], kept.__setitem__)]
-        made.close()
         assert [*kept] == [*range(3, len(whole))]
         for one, other in zip(again, whole, strict=True):
             assert torch.equal(one, other)
@@ -159,9 +148,7 @@ class TestFrames:
             pipe.vae.enable_tiling(32, 32, 24, 24)
         try:
             latents = torch.cat(streamed(pipe, frames=20), 2)
-            made = streamer(pipe, frames=20)
-            found = np.concatenate([*made.frames()])
-            made.close()
+            found = np.concatenate([*streamer(pipe, frames=20).frames()])
             wanted = np.concatenate([*decode_stream(pipe, latents)])
         finally:
             pipe.vae.disable_tiling()
@@ -179,7 +166,6 @@ class TestFrames:
         made._keep = told
         for pixels in made.frames():
             events.append(-len(pixels))
-        made.close()
         assert events[:5] == [0, -1, -4, 1, -4]
         assert -sum(one for one in events if one < 0) == 45
 
@@ -227,6 +213,19 @@ class TestSettings:
     def test_two_transformers_are_refused(self):
         with pytest.raises(ValueError, match="two transformers"):
             streamer(wan.two_stage())
+
+    def test_models_that_need_more_than_a_text_are_refused(self):
+        with pytest.raises(ValueError, match="WanImageToVideoPipeline needs image"):
+            streamer(wan.PIPELINES["image"]())
+        with pytest.raises(ValueError, match="makes a video from a first frame"):
+            streamer(wan.pipeline(transformer=wan.PIPELINES["image"]().transformer))
+        with pytest.raises(ValueError, match="needs a control video"):
+            streamer(wan.PIPELINES["control"]())
+
+    def test_autoencoders_that_see_later_latents_are_refused(self, pipe, monkeypatch):
+        monkeypatch.setattr(pipe, "vae", torch.nn.Identity())
+        with pytest.raises(ValueError, match="Identity decodes latents together with later ones"):
+            streamer(pipe)
 
     def test_prompts(self):
         assert prompts_of(["a"]) == {0: "a"}
@@ -322,6 +321,10 @@ class TestFiles:
             generate(model, [PROMPT], **self.options(other))
         with pytest.warns(NotTrained), pytest.raises(ValueError, match="seed 0, this one 1"):
             generate(model, [PROMPT], **self.options(other, resume=True, seed=1))
+        copy = tmp_path / "model"
+        wan.pipeline(scheduler=wan.euler(), transformer=wan.transformer(1)).save_pretrained(copy)
+        with pytest.warns(NotTrained), pytest.raises(ValueError, match="holds a stream of model"):
+            generate(copy, [PROMPT], **self.options(other, resume=True))
         with pytest.warns(NotTrained), pytest.raises(ValueError, match="chunk 0 of the prompt"):
             generate(model, ["else"], **self.options(other, resume=True))
         with pytest.warns(NotTrained):
