@@ -398,18 +398,15 @@ class Batches:
         numbers = clips[first : first + size]
         latents = [self.latents(number, frames) for number in numbers]
         about = {"shift": self.model.shift, "sigmas": sigmas_of(config, self.model)}
+        is_causal = config.objective == CAUSAL
         draws = [
             draw(config, step, place, clean.shape, **about)._replace(
                 text=self._text(clips[place], step, place),
                 sound=seed_of(config.seed, step, SOUNDS + place),
+                chunks=seed_of(config.seed, step, CHUNKS + place) if is_causal else None,
             )
             for place, clean in enumerate(latents, first)
         ]
-        if config.objective == CAUSAL:
-            draws = [
-                drawn._replace(chunks=seed_of(config.seed, step, CHUNKS + place))
-                for place, drawn in enumerate(draws, first)
-            ]
         if config.student_steps is not None:  # all processes take the same step, by turns
             levels = levels_of(config, self.model.shift)
             turn = (step * config.gradient_accumulation + micro) % len(levels)

@@ -488,24 +488,30 @@ class TrainConfig(Config):
     mask_floor: float = option(0.0, "Loss", "Loss weight of black mask pixels.", ge=0, le=1)
 
     chunk_frames: int = option(
-        3, "Chunks", "Number of latent frames in a chunk of objective causal.", ge=1, le=1000
+        Zones.frames,
+        "Chunks",
+        "Number of latent frames in a chunk of objective causal.",
+        ge=1,
+        le=1000,
     )
     window: int = option(
-        2,
+        Zones.window,
         "Chunks",
         "Number of newest chunks that a chunk sees whole; training shows 1 to this many.",
         ge=1,
         le=1000,
     )
-    sink: int = option(0, "Chunks", "Number of first chunks that are always seen.", ge=0, le=1000)
+    sink: int = option(
+        Zones.sink, "Chunks", "Number of first chunks that are always seen.", ge=0, le=1000
+    )
     middle: Middle = option(
-        "none",
+        Zones.middle,
         "Chunks",
         "Tokens that are seen of chunks older than the window; salient: one in sixteen and a mean "
         "of the others; grid: means of cells; all: each. Training shows all kinds but this last.",
     )
     remembered: int = option(
-        4, "Chunks", "Number of older chunks that the middle holds.", ge=1, le=1000
+        Zones.remembered, "Chunks", "Number of older chunks that the middle holds.", ge=1, le=1000
     )
     context_noise: float = option(
         0.3,
@@ -850,7 +856,7 @@ class TrainConfig(Config):
 
     @property
     def zones(self) -> Zones:
-        """What a chunk sees of earlier ones, with objective causal."""
+        """Zones of earlier chunks that a chunk sees, with objective causal."""
         return Zones(self.chunk_frames, self.window, self.sink, self.middle, self.remembered)
 
     def clips(self) -> list[CaptionedVideo]:

@@ -34,7 +34,7 @@ from gen_accel.lora.batches import (
 )
 from gen_accel.lora.caching.encoders import Encoders, hash_of
 from gen_accel.lora.caching.latents import LatentCache, hash_of_name, held_out
-from gen_accel.lora.chunks import context_level
+from gen_accel.lora.causal import context_level
 from gen_accel.lora.config import CAUSAL, Stage, TrainConfig
 from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.processes import ProcessGroups, by_main

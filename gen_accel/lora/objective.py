@@ -17,7 +17,7 @@ from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
-from gen_accel.lora.chunks import CausalChunks
+from gen_accel.lora.causal import CausalChunks
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.student_steps import StudentSteps
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention, Clip

@@ -51,7 +51,7 @@ from gen_accel.lora.caching.latents import LatentCache
 from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
-from gen_accel.lora.chunks import check_chunks
+from gen_accel.lora.causal import check_chunks
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data.clips import why_clips
 from gen_accel.lora.data.finding import refuse_prompts

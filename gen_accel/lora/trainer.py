@@ -28,7 +28,7 @@ from gen_accel.lora.artefact import held_guidance, join_experts, teacher_hash, w
 from gen_accel.lora.batches import Batches, epoch_steps, levels_of, plan_clips, seed_of
 from gen_accel.lora.caching.inputs import FIRST_FRAME, TEXT
 from gen_accel.lora.caching.latents import LatentCache
-from gen_accel.lora.chunks import stream_of
+from gen_accel.lora.causal import stream_of
 from gen_accel.lora.config import CHECKPOINTS, LOGS, Stage, TrainConfig
 from gen_accel.lora.evaluate import FOLDER, FixedLoss, Validation, steps_above
 from gen_accel.lora.experts import BOTH, LOW

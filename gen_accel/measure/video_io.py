@@ -820,7 +820,7 @@ def _encoded(
     given = {"video_size": f"{width}x{height}", "pix_fmt": "rgb24", "time_base": str(1 / rate)}
     suffix = path.suffix.lower().removeprefix(".")
     film = av.open(for_ffmpeg(path), "w", format=suffix, options=dict(coding.of_container))
-    count, end = 0, None
+    count = 0
     try:
         if comment:
             film.metadata["comment"] = comment
@@ -843,21 +843,23 @@ def _encoded(
             push(None)
             film.mux(stream.encode())
 
-        end = flush
-
-        for count, picture in enumerate(chain([first], frames), 1):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = count - 1, 1 / rate
-            push(frame)
-            if heard is not None:
-                heard(count / rate)
+        try:
+            for count, picture in enumerate(chain([first], frames), 1):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = count - 1, 1 / rate
+                push(frame)
+                if heard is not None:
+                    heard(count / rate)
+        except BaseException:
+            if coding.of_container == FRAGMENTS and count:  # what was made so far plays
+                with suppress(av.FFmpegError):
+                    flush()
+            raise
         flush()
         if heard is not None:
             heard(None)
     except BaseException:
         with suppress(av.FFmpegError):
-            if end is not None and coding.of_container == FRAGMENTS and count:
-                end()  # what was made so far plays
             film.close()
         raise
     film.close()

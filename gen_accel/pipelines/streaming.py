@@ -26,7 +26,7 @@ def stream(
 ) -> "Iterator[np.ndarray]":
     """Make a video of any length chunk by chunk, and yield its frames as they come.
 
-        pipe.load_lora_weights("demo_stream")
+        pipe.load_lora_weights(gen_accel.demo.stream_lora_path())
         for pixels in gen_accel.stream(pipe, "a red circle moves left", frames=1000):
             show(pixels)  # (f, H, W, 3) uint8
 
@@ -52,15 +52,14 @@ def stream(
         NotTrained: no LoRA on the pipeline was trained to stream.
     """
     with needed_for("a stream", extra="video"):
-        from gen_accel.pipelines.generation import stream
         from gen_accel.pipelines.generation.config import Clip
+        from gen_accel.pipelines.generation.stream import Streamer, StreamSettings, stream_clip
 
-    found = stream.settings_of(pipe) if zones is None or noise is None else stream.StreamSettings()
-    settings = stream.StreamSettings(
-        found.zones if zones is None else zones,
-        found.noise if noise is None else noise,
-        found.shift,
-    )
-    clip = Clip(frames=frames, **fields)
-    streamer = stream.Streamer(pipe, stream.stream_clip(pipe, clip), settings, prompt)
-    return streamer.frames(earlier, kept)
+    if zones is None or noise is None:
+        own = StreamSettings.of_pipe(pipe)
+        zones, noise = zones or own.zones, own.noise if noise is None else noise
+        settings = StreamSettings(zones, noise, own.shift)
+    else:
+        settings = StreamSettings(zones, noise)
+    clip = stream_clip(pipe, Clip(frames=frames, **fields))
+    return Streamer(pipe, clip, settings, prompt).frames(earlier, kept)

@@ -1,4 +1,4 @@
-"""What a chunk of a video that is made chunk by chunk sees of the chunks before it."""
+"""Zones of earlier chunks that a chunk of a video sees."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -9,11 +9,12 @@ Middle = Literal["none", "salient", "grid", "all"]
 MIDDLES: tuple[Middle, ...] = get_args(Middle)
 SHARE = 16  # tokens of a chunk for each one that a middle keeps
 CELL = 4  # side of a cell of the grid, in tokens
+STEPS = 6  # of a chunk, unless told
 
 
 @dataclass(frozen=True)
 class Zones:
-    """What a chunk sees of the chunks before it.
+    """Zones of earlier chunks that a chunk sees.
 
     Args:
         frames: latent frames of a chunk, after patchify.
@@ -32,7 +33,7 @@ class Zones:
     window: int = 2
     sink: int = 0
     middle: Middle = "none"
-    remembered: int = 8
+    remembered: int = 4
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("window", 1), ("sink", 0), ("remembered", 1)):

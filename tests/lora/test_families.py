@@ -103,7 +103,7 @@ class Case:
         return (self.training.said or self.training.lay)(predicted)
 
     def predict(self, noisy: Tensor, level: Tensor, conditions, theirs) -> Tensor:
-        """What the training predicts for the video, with the sound of the pipeline's call."""
+        """The training's prediction for the video, with the sound of the pipeline's call."""
         model = self.pipe.transformer
         if self.training.heard is None:
             return self.family.predict(model, noisy, level, conditions)

@@ -106,7 +106,7 @@ class TestReduced:
         assert torch.allclose(found, torch.tensor([0, 1 / 256]))
 
     def test_chunks_of_several_latents(self):
-        """Of MiniMax-H3: the first latent of each chunk is one frame."""
+        """The first latent of each chunk of MiniMax-H3 is one frame."""
         coding = Coding(17, 5, first=5, base=2)
         assert coding.spans(39) == [1, 4, 4, 4, 4] * 2 + [1, 4]
         assert coding.latents_of(39) == 12

@@ -55,7 +55,7 @@ class Recipe:
         lora_kind: what the change of a weight is made of, see `registry.LoraKind`.
         levels: noise levels that alone were trained, falling; empty: all were.
         sampler: of `registry.SAMPLERS`, whose steps from these levels it learnt; None: no steps.
-        stream: how it makes a video chunk by chunk, see `StreamRecipe`; None: it does not.
+        stream: how it makes a video chunk by chunk, see `StreamSettings`; None: it does not.
     """
 
     base_model: str

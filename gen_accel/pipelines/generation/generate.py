@@ -52,8 +52,7 @@ from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
 from gen_accel.pipelines.generation.step_cache import caching, words_of_cache
 from gen_accel.pipelines.generation.steps import expected, stepping
-from gen_accel.pipelines.generation.stream import Streamer
-from gen_accel.pipelines.generation.stream import settings_of as settings_of_stream
+from gen_accel.pipelines.generation.stream import Streamer, StreamSettings
 from gen_accel.pipelines.generation.stream_file import write_streamed
 from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
@@ -423,7 +422,7 @@ def _streamed(plan: GenerationPlan) -> Generated:
             **plan.options,
         )
         stack.enter_context(handle)
-        settings = settings_of_stream(pipe)
+        settings = StreamSettings.of_pipe(pipe)
         streamer = Streamer(pipe, clip, settings, prompts_of(video.texts))
         asked = {
             **plan.request,

@@ -292,8 +292,7 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     if config.stream:
         config = _with_own_stream(config)
     if preset is None and config.from_lora is None:
-        plain = config.stream and config.method is None
-        method, schedule = Dense() if plain else config.built_method(), schedule or Schedule()
+        method, schedule = config.built_method(), schedule or Schedule()
     elif isinstance(preset, str | Path) and preset not in registry.PRESETS:
         preset = read_preset(preset)
     if isinstance(preset, Preset):  # a name is left to `fitted`
@@ -362,13 +361,15 @@ def _check_weights(config: GenerateConfig, folder: Path, method: Method) -> None
 
 
 def _with_own_stream(config: GenerateConfig) -> GenerateConfig:
-    """Take the embedded LoRA of the demo model where none is given, and check the prompts."""
+    """Check the prompts, and take the embedded LoRA of the demo model where none is given, or
+    dense attention where no method is."""
     prompts_of(config.prompt)
+    if config.from_lora is not None or config.method is not None:
+        return config
     embedded = Path(model_named(DEMO))
-    is_open = config.from_lora is None and config.method is None and not config.loras
-    if is_open and model_named(config.model) == str(embedded):
+    if not config.loras and model_named(config.model) == str(embedded):
         return config.model_copy(update={"from_lora": embedded.with_name("stream_lora")})
-    return config
+    return config.model_copy(update={"method": "dense"})
 
 
 def _steps_of(preset: Preset, asked: int | None, name: object) -> int:

@@ -33,10 +33,9 @@ from gen_accel.pipelines.generation.sampling import (
     first_transformer,
     token_grid,
 )
-from gen_accel.pipelines.generation.stream_cost import STEPS
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention, streaming_family
 from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
-from gen_accel.pipelines.zones import Zones
+from gen_accel.pipelines.zones import STEPS, Zones
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -78,23 +77,23 @@ class StreamSettings:
             raise ValueError(f"the stream of a LoRA cannot be read: {shown(recipe.stream)}")
         return cls(Zones(**zones), **held)
 
+    @classmethod
+    def of_pipe(cls, pipe: "DiffusionPipeline") -> "StreamSettings":
+        """Take what a LoRA on a pipeline was trained with, or the defaults with a warning."""
+        for recipe in recipes_of(first_transformer(pipe)).values():
+            if (found := cls.of(recipe)) is not None:
+                return found
+        warnings.warn(
+            "no LoRA here was trained to make a video chunk by chunk (objective causal): the "
+            "model's own weights, unless they were, soon lose what they showed",
+            NotTrained,
+            stacklevel=3,
+        )
+        return cls()
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def settings_of(pipe: "DiffusionPipeline") -> StreamSettings:
-    """Return how a LoRA of a pipeline was trained to stream, or the defaults with a warning."""
-    for recipe in recipes_of(first_transformer(pipe)).values():
-        if (found := StreamSettings.of(recipe)) is not None:
-            return found
-    warnings.warn(
-        "no LoRA here was trained to make a video chunk by chunk (objective causal): the model's "
-        "own weights, unless they were, soon lose what they showed",
-        NotTrained,
-        stacklevel=3,
-    )
-    return StreamSettings()
 
 
 def _checked(prompts: Prompts) -> dict[int, str]:
@@ -142,7 +141,7 @@ class Streamer:
     Args:
         pipe: with its LoRA, and a method attached or none.
         clip: a result of `filled`; its frames are not read.
-        settings: see `settings_of`.
+        settings: see `StreamSettings.of_pipe`.
         attention: that is on the model already, with these zones, and stays there; None: none is.
 
     Raises:

@@ -9,9 +9,7 @@ from gen_accel.measure.cost.figures import WIDTH, Range, duration, gigabytes, sp
 from gen_accel.measure.cost.forecast import Forecast, forecast
 from gen_accel.measure.cost.model import Source, subject_of
 from gen_accel.measure.cost.work import Work
-from gen_accel.pipelines.zones import Zones
-
-STEPS = 6  # of a chunk, where nothing is said
+from gen_accel.pipelines.zones import STEPS, Zones
 
 
 @dataclass(frozen=True, kw_only=True)

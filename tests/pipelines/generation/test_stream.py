@@ -24,7 +24,6 @@ from gen_accel.pipelines.generation.stream import (
     NotTrained,
     Streamer,
     StreamSettings,
-    settings_of,
     stream_clip,
 )
 from gen_accel.pipelines.sampler import Sampler
@@ -185,12 +184,12 @@ class TestSettings:
     def test_they_are_the_loras(self, tmp_path):
         pipe = wan.pipeline()
         with pytest.warns(NotTrained):
-            assert settings_of(pipe) == StreamSettings()
+            assert StreamSettings.of_pipe(pipe) == StreamSettings()
         given = ft.config(tmp_path, method="dense", settings=())
         recipe = some_recipe(given)
         held = {**SETTINGS.zones.to_dict(), "noise": 0.1, "shift": 3.0}
         add_lora(pipe.transformer, given, replace(recipe, stream=held))
-        assert settings_of(pipe) == SETTINGS
+        assert StreamSettings.of_pipe(pipe) == SETTINGS
         with pytest.raises(ValueError, match="cannot be read"):
             StreamSettings.of(replace(recipe, stream={**held, "depth": 3}))
         with pytest.raises(ValueError, match="window"):

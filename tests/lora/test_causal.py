@@ -16,7 +16,7 @@ from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
 from gen_accel.attention_processors.families import family_named
 from gen_accel.lora import TrainConfig
 from gen_accel.lora.adapters import active
-from gen_accel.lora.chunks import CausalChunks, check_chunks
+from gen_accel.lora.causal import CausalChunks, check_chunks
 from gen_accel.measure.video_io import read_video
 from gen_accel.pipelines.generation.stream import StreamSettings
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention

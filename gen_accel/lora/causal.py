@@ -112,7 +112,7 @@ class CausalChunks:
 
 
 def stream_of(config: TrainConfig, shift: float) -> dict[str, object] | None:
-    """Return the fields of `Stream` that a LoRA was trained with; None of another objective."""
+    """Return the `StreamSettings` that a LoRA was trained with; None of another objective."""
     if config.objective != CAUSAL:
         return None
     return {**config.zones.to_dict(), "noise": context_level(config), "shift": shift}
