@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gen_accel.cli.app import app
-from gen_accel.cli.loading import FOR_WEIGHTS, loading, without
+from gen_accel.cli.loading import FOR_WEIGHTS, QUANTISERS, loading, without
 from gen_accel.cli.printing import FiguresConfig, print_comparison, print_files, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
@@ -198,6 +198,8 @@ def _unused(config: GenerateConfig) -> tuple[str, ...]:
     """Name packages that a run does without."""
     if config.loras or config.from_lora or config.image_adapter or config.quantize:
         return ()
+    if config.stream:  # by an embedded LoRA
+        return QUANTISERS
     return FOR_WEIGHTS if config.model == DEMO else ("peft",)
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import av
@@ -361,3 +363,15 @@ class TestFiles:
         given = self.options("clip.mp4") | more
         with pytest.raises(ValueError, match=message):
             generate(model, [PROMPT], **given)
+
+    @pytest.mark.slow
+    def test_the_command_in_a_process_of_its_own(self, tmp_path):
+        """It finds PEFT for the embedded LoRA, which no option names."""
+        out = tmp_path / "clip.mp4"
+        line = ["generate", "--model", "demo", "--stream", "--frames", "9", "--steps", "1"]
+        line += ["--prompt", "a red circle moves left", "--out", str(out)]
+        done = subprocess.run(
+            [sys.executable, "-m", "gen_accel", *line], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert count_frames(out) == 9
