@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.families.latents import IS_GIVEN, LAST_IS_GIVEN
+from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
+    IS_GIVEN,
+    LAST_FRAME,
+    LAST_IS_GIVEN,
+)
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import CAUSAL, Stage, TrainConfig
@@ -39,6 +44,7 @@ class Draw(NamedTuple):
         framed: whether its first frame is given, under condition first_frame.
         ended: whether its last frame is given, under condition last_frame.
         sound: seed of the noise of its sound.
+        frames: seed of the noise of its given frames.
         chunks: seed of the noise levels of its chunks, and of what they see; None: all chunks have
             `sigma`, after clean ones.
     """
@@ -51,6 +57,7 @@ class Draw(NamedTuple):
     framed: bool = True
     ended: bool = True
     sound: int = 0
+    frames: int = 0
     chunks: int | None = None
 
 
@@ -254,7 +261,7 @@ def seed_of(seed: int, step: int, place: int) -> int:
 
 
 # Places of other draws than the clips' in a step.
-TEXTS, PICTURES, SOUNDS, CHUNKS = 10**8, 2 * 10**8, 3 * 10**8, 4 * 10**8
+TEXTS, PICTURES, SOUNDS, CHUNKS, FRAMES = (n * 10**8 for n in range(1, 6))
 
 
 def plan_clips(
@@ -403,6 +410,7 @@ class Batches:
             draw(config, step, place, clean.shape, **about)._replace(
                 text=self._text(clips[place], step, place),
                 sound=seed_of(config.seed, step, SOUNDS + place),
+                frames=seed_of(config.seed, step, FRAMES + place),
                 chunks=seed_of(config.seed, step, CHUNKS + place) if is_causal else None,
             )
             for place, clean in enumerate(latents, first)
@@ -428,7 +436,8 @@ class Batches:
         conditions = self._together([captioned(cache, clip, drawn) for clip, drawn in pairs])
         given: dict[str, Tensor] = {}
         if self.model.condition != TEXT:
-            given = self._together([cache.first_frame(clip, frames) for clip in clips])
+            pairs = zip(clips, draws, strict=True)
+            given = self._together([self._given(clip, frames, drawn) for clip, drawn in pairs])
             shown: dict[str, list[bool]] = {}
             if config.first_frame_dropout:
                 shown[IS_GIVEN] = [drawn.framed for drawn in draws]
@@ -459,6 +468,17 @@ class Batches:
             sound_noise=sound_noise,
             chunks=None if None in seeds else self._put(torch.tensor(seeds)),
         )
+
+    def _given(self, clip: int, frames: int, drawn: Draw) -> dict[str, Tensor]:
+        """Read what a clip is given beside its text, its frames as noisy as the model has them."""
+        found = self.cache.first_frame(clip, frames)
+        if level := family_of(self.model.transformer).training.frame_noise:
+            generator, keep = torch.Generator().manual_seed(drawn.frames), torch.tensor(1 - level)
+            shown = {FIRST_FRAME: drawn.framed, LAST_FRAME: drawn.ended}
+            for name in (name for name, is_shown in shown.items() if is_shown and name in found):
+                noise = torch.randn(found[name].shape, generator=generator)
+                found[name] = keep * found[name] + (1 - keep) * noise
+        return found
 
     def _sound(
         self, clips: list[int], draws: list[Draw], frames: int

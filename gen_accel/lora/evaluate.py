@@ -500,7 +500,8 @@ class FixedLoss:
         number = hash_of_name(self.cache.entries[clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        drawn = Draw(noise, level, captioned=True, sound=seed_of(seed, NOT_A_STEP, 0))
+        sound, frames = (seed_of(seed, NOT_A_STEP, i) for i in range(2))
+        drawn = Draw(noise, level, captioned=True, sound=sound, frames=frames)
         return self.batches.of([clip], [latents], [drawn])
 
 

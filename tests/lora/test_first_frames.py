@@ -187,10 +187,10 @@ class TestCache:
         assert len(set(texts)) == 2
         for i, entry in enumerate(found.entries):
             image = Image.fromarray(found.pictures(i)[0])
-            own = family.encode_prompt_with(pipe, pipe.transformer, image, entry.caption, 40)
+            own = family.encode_prompt_with(pipe, pipe.transformer, [image], entry.caption, 40)
             for name, x in found.conditions(i).items():
                 assert torch.equal(x, own[name][0]), name
-        dropped = family.encode_prompt_with(pipe, pipe.transformer, None, "", 40)
+        dropped = family.encode_prompt_with(pipe, pipe.transformer, (), "", 40)
         name = "encoder_hidden_states"
         assert torch.equal(found.empty[name], dropped[name][0])
 

@@ -259,7 +259,7 @@ H3_FIELDS |= {"height": 64, "width": 64, "max_tokens": 16, "method": "dense", "s
         ({"noise_levels": (1.0, 0.5)}, "noise_levels are of the video, and .* steps its sound at"),
         ({"sound": False, "objective": "distill", "student_steps": 4}, "its sound beside the vid"),
         ({"stages": ("120:2",)}, "frames must be 5 more than a multiple of 17, got 120; nearest"),
-        ({"condition": "first_frame"}, "condition must be text for MiniMaxH3ModularPipeline"),
+        ({"condition": "control"}, "must be text or first_frame or last_frame for MiniMaxH3Mod"),
     ],
 )
 def test_what_minimax_h3_does_not_train(h3, tmp_path, fields, message):

@@ -174,6 +174,7 @@ class Training:
         text_parts: beginnings of the names of all models of a pipeline that encode prompts.
         first_frame: models also train from the first frame of each clip.
         last_frame: and from the first and the last one.
+        frame_noise: noise level of given frames, drawn in each step as pipelines draw it.
         control: they are trained with a control video beside each clip, if `needs_control`.
         sound: they make sound beside the video, and also train on the clips' own.
         needs_sound: they do not train without it.
@@ -193,6 +194,7 @@ class Training:
     text_parts: tuple[str, ...] = ("text_encoder",)
     first_frame: bool = False
     last_frame: bool = False
+    frame_noise: float = 0.0
     control: bool = False
     sound: bool = False
     needs_sound: bool = False
@@ -640,14 +642,14 @@ class Family:
         self,
         pipe: "DiffusionPipeline",
         transformer: Model,
-        image: "Image | None",
+        images: Sequence["Image"],
         prompt: str,
         max_tokens: int | None = None,
     ) -> dict[str, Tensor]:
-        """Encode a prompt as `encode_prompt`, by a text encoder that sees the first frame too.
+        """Encode a prompt as `encode_prompt`, by a text encoder that sees the given frames too.
 
         Args:
-            image: None for the image of a dropped caption.
+            images: the first frame, and the last one if it is given; () for a dropped caption.
         """
         return self.encode_prompt(pipe, [prompt], max_tokens)
 

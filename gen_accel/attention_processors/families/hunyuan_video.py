@@ -222,7 +222,7 @@ class HunyuanVideo(HunyuanRotary):
         self,
         pipe: "DiffusionPipeline",
         transformer: Model,
-        image: "Image | None",
+        images: Sequence["Image"],
         prompt: str,
         max_tokens: int | None = None,
     ) -> dict[str, Tensor]:
@@ -230,12 +230,12 @@ class HunyuanVideo(HunyuanRotary):
         first frame, whose tokens come in front.
 
         Args:
-            image: None for a black one, as the pipeline has it for its negative prompts.
+            images: () for a black one, as the pipeline has it for its negative prompts.
         """
         from PIL import Image
 
         states, pooled, mask = pipe.encode_prompt(
-            image=Image.new("RGB", (_BLACK, _BLACK)) if image is None else image,
+            image=images[0] if images else Image.new("RGB", (_BLACK, _BLACK)),
             prompt=[prompt],
             max_sequence_length=self._text(max_tokens),
             device=text_device(pipe),

@@ -4,8 +4,11 @@ Its pipeline is made of blocks. Their own code lays out the sequence and the lev
 """
 
 from collections.abc import Sequence
+from itertools import compress, product
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +25,10 @@ from gen_accel.attention_processors.families.base import (
     Training,
 )
 from gen_accel.attention_processors.families.latents import (
+    FIRST_FRAME,
+    IS_GIVEN,
+    LAST_FRAME,
+    LAST_IS_GIVEN,
     decoded,
     encoded,
     scaled,
@@ -35,9 +42,15 @@ from gen_accel.video import Coding, VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 _TEXT = "text_tokens"  # number of rows of a text that are no filling
+# What the text encoder makes of the key frames before a text: rows (N, D) and their kinds (N,) for
+# one choice of the frames after the other, and the number of rows of each choice.
+_SEEN, _KINDS, _COUNTS = "picture_states", "picture_kinds", "picture_tokens"
 _MOST_TEXT = 512  # tokens of a caption, of which the pipeline takes any number
+_LABEL = 8  # tokens of "<Picture 1>: " and of the two marks around a picture
+_KEYS = ("first", FIRST_FRAME, IS_GIVEN), ("last", LAST_FRAME, LAST_IS_GIVEN)
 
 
 def _canvas(pipe: Any, height: int, width: int) -> tuple[int, int]:
@@ -61,6 +74,9 @@ class MiniMaxH3(Family):
     generation = Generation(least_steps=2, distilled=True, sound=True)
     training = Training(
         causal_vae=True,  # a chunk that is cut short is filled up with its last frame
+        first_frame=True,
+        last_frame=True,
+        frame_noise=0.001,
         sound=True,
         needs_sound=True,
         tiny={
@@ -196,8 +212,97 @@ class MiniMaxH3(Family):
     def _text(self, max_tokens: int | None) -> int:
         return _MOST_TEXT if max_tokens is None else max_tokens
 
+    @torch.no_grad()
+    def encode_prompt_with(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        images: Sequence["Image"],
+        prompt: str,
+        max_tokens: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Encode a prompt behind the key frames, for each choice of them that a sample may be
+        shown: with two frames both, the first, the last, none.
+
+        Returns:
+            As `encode_prompt`, with encoder_hidden_states (1, choices, max_tokens, D), and beside
+            them the pictures' rows, see `_SEEN`.
+        """
+        plain = self.encode_prompt(pipe, [prompt], max_tokens)
+        if not images:
+            return plain
+        texts, seen, kinds, counts = [], [], [], []
+        words = len(pipe.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        kept, most = int(plain[_TEXT]), self._text(max_tokens)
+        for shown in _choices(len(images))[:-1]:
+            states, tags = _presented(pipe, [*compress(images, shown)], prompt)
+            pictures = len(tags) - words
+            seen.append(states[:pictures])
+            kinds.append(tags[:pictures])
+            counts.append(pictures)
+            text = states[pictures : pictures + kept]
+            texts.append(F.pad(text, (0, 0, 0, most - kept)))
+        return {
+            "encoder_hidden_states": torch.stack([*texts, *plain["encoder_hidden_states"]])[None],
+            _TEXT: plain[_TEXT],
+            _SEEN: torch.cat(seen)[None],
+            _KINDS: torch.cat(kinds)[None],
+            _COUNTS: torch.tensor([[*counts, 0]]),
+        }
+
+    @torch.no_grad()
+    def first_frame(
+        self, pipe: "DiffusionPipeline", transformer: Model, image: "Image", frames: int
+    ) -> dict[str, Tensor]:
+        """Latents of the frame by itself, drawn by the seed of the pipeline."""
+        return {FIRST_FRAME: _key_frame(pipe, image)}
+
+    @torch.no_grad()
+    def last_frame(
+        self,
+        pipe: "DiffusionPipeline",
+        transformer: Model,
+        first: "Image",
+        last: "Image",
+        frames: int,
+    ) -> dict[str, Tensor]:
+        """Latents of the last frame, as of the first one."""
+        return {LAST_FRAME: _key_frame(pipe, last)}
+
+    def given_latents(self, transformer: Model) -> int:
+        """None: key frames have tokens of their own, before the sound."""
+        return 0
+
     def tiny_conditions(self, config: Config, tokens: int) -> dict[str, Tensor]:
         return super().tiny_conditions(config, tokens) | {_TEXT: torch.tensor(tokens)}
+
+    def tiny_first_frame(
+        self, transformer: Model, frames: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        found = super().tiny_first_frame(transformer, frames, height, width)
+        return found | self._tiny_pictures(transformer, height, width, (1, 0))
+
+    def tiny_last_frame(self, transformer: Model, height: int, width: int) -> dict[str, Tensor]:
+        found = super().tiny_last_frame(transformer, height, width)
+        return found | self._tiny_pictures(transformer, height, width, (2, 1, 1, 0))
+
+    def _tiny_pictures(
+        self, transformer: Model, height: int, width: int, shown: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return zeros like the pictures' rows, see `_SEEN`.
+
+        Args:
+            shown: number of pictures of each choice.
+        """
+        config = transformer.config
+        _, rows, columns = config.patch_size  # the text encoder has a token for as many pixels
+        each = _LABEL + height // rows * (width // columns)
+        total = each * sum(shown)
+        return {
+            _SEEN: torch.zeros(total, config.text_dim),
+            _KINDS: torch.zeros(total, dtype=torch.long),
+            _COUNTS: each * torch.tensor(shown),
+        }
 
     def sound_tokens(self, config: Config, frames: int, fps: float) -> int:
         """Number of the times of sound of the pipeline for a clip of this length, 40 a second,
@@ -275,9 +380,20 @@ class MiniMaxH3(Family):
         from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
         device, patch = noisy.device, tuple(transformer.config.patch_size)
-        words, (channels, *sides) = int(conditions[_TEXT]), noisy.shape
+        channels, *sides = noisy.shape
+        keys = [one for one in _KEYS if one[1] in conditions]
+        shown = tuple(bool(conditions.get(is_given, True)) for *_, is_given in keys)
+        place = _choices(len(keys)).index(shown)
+        kept = [*compress(keys, shown)]
+        words, text = int(conditions[_TEXT]), conditions["encoder_hidden_states"]
+        text = (text if text.ndim == 2 else text[place])[:words]
+        text_kinds = torch.full((words,), tags.MINIMAX_H3_TEXT_TAG)
+        if kept:
+            counts = conditions[_COUNTS].tolist()
+            seen, kinds = (conditions[x].split(counts)[place] for x in (_SEEN, _KINDS))
+            text, text_kinds = torch.cat([seen, text]), torch.cat([kinds.cpu(), text_kinds])
         layout = blocks.MiniMaxH3PrepareLayoutStep.build_packed_sequence(
-            text_token_tags=torch.full((words,), tags.MINIMAX_H3_TEXT_TAG),
+            text_token_tags=text_kinds,
             num_latent_frames=sides[0],
             latent_height=sides[1],
             latent_width=sides[2],
@@ -286,21 +402,24 @@ class MiniMaxH3(Family):
             audio_channels=tags.MINIMAX_H3_AUDIO_CHANNELS,
             audio_tag=tags.MINIMAX_H3_AUDIO_TAG,
             video_tag=tags.MINIMAX_H3_VIDEO_TAG,
+            keyframe_anchors=tuple(end for end, *_ in kept),
         )
-        positions, kinds, of_video, of_audio, of_text, *_ = layout
+        positions, kinds, of_video, of_audio, of_text, given, _ = layout
         times = 1 - float(sigma), 1 - float(of_sound)
+        of_given = max(times[0], 1 - self.training.frame_noise), 1.0  # key frames, no references
         levels = blocks.MiniMaxH3SetTimestepsStep.build_row_timesteps(
-            of_video, of_audio, 0, 0, words, *times, *times
+            of_video, of_audio, given, 0, len(text), *times, *of_given
         )
         timestep, places = (x.to(device) for x in levels)
         positions = positions.to(device, maybe_adjust_dtype_for_device(positions.dtype, device))
-        rows = blocks.patchify_video_latents(noisy[None], patch)
+        latents = *(conditions[name].to(noisy.dtype) for _, name, _ in kept), noisy
+        rows = torch.cat([blocks.patchify_video_latents(x[None], patch) for x in latents])
         # Channel by channel, as the blocks have it.
         heard = sound.unflatten(1, (tags.MINIMAX_H3_AUDIO_CHANNELS, -1)).transpose(0, 1)
         video, audio = transformer(
             hidden_states=rows[None],
             audio_hidden_states=heard.flatten(0, 1)[None],
-            encoder_hidden_states=conditions["encoder_hidden_states"][None, :words],
+            encoder_hidden_states=text[None],
             timestep=timestep,
             timestep_indices=places,
             token_tags=kinds.to(device),
@@ -311,7 +430,7 @@ class MiniMaxH3(Family):
             return_dict=False,
         )
         grid = [n // p for n, p in zip(sides, patch, strict=True)]
-        video = video[0].view(*grid, channels, *patch).permute(3, 0, 4, 1, 5, 2, 6)
+        video = video[0, given:].view(*grid, channels, *patch).permute(3, 0, 4, 1, 5, 2, 6)
         audio = audio[0].view(*heard.shape).transpose(0, 1).flatten(1)
         return -video.reshape(noisy.shape), -audio
 
@@ -322,3 +441,38 @@ def _colours(pipe: "DiffusionPipeline", like: Tensor) -> tuple[Tensor, Tensor]:
     values = blocks.pixel_mean, blocks.pixel_std
     mean, deviation = (torch.tensor(x, device=like.device).view(1, 3, 1, 1, 1) for x in values)
     return mean, deviation
+
+
+def _choices(frames: int) -> list[tuple[bool, ...]]:
+    """Which of so many key frames are shown, for each choice of them: all first, none last."""
+    return [*product((True, False), repeat=frames)]
+
+
+def _presented(
+    pipe: "DiffusionPipeline", images: Sequence["Image"], prompt: str
+) -> tuple[Tensor, Tensor]:
+    """States (N, D) and kinds (N,) of the tokens of a prompt behind its key frames, by the block
+    of the pipeline, run where the text encoder is."""
+    from diffusers.modular_pipelines import PipelineState
+    from diffusers.modular_pipelines.minimax_h3.encoders import MiniMaxH3FL2VATextEncoderStep
+
+    names = "text_encoder", "tokenizer", "processor", "text_tag", "video_tag", "text_encoder_layer"
+    parts: Any = SimpleNamespace(
+        _execution_device=text_device(pipe), **{name: getattr(pipe, name) for name in names}
+    )
+    state = PipelineState()
+    state.set("prompt", prompt)
+    state.set("keyframes", [*images])
+    MiniMaxH3FL2VATextEncoderStep()(parts, state)
+    return state.values["prompt_embeds"][0], state.values["text_token_tags"]
+
+
+def _key_frame(pipe: "DiffusionPipeline", image: "Image") -> Tensor:
+    """Latents (C, 1, h, w) of a picture, float32 on the CPU."""
+    from diffusers.modular_pipelines.minimax_h3.encoders import encode_vae_condition
+
+    blocks: Any = pipe
+    device = next(blocks.vae.parameters()).device
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None].to(device)
+    how = blocks.pixel_mean, blocks.pixel_std, blocks.keyframe_encode_seed
+    return encode_vae_condition(blocks.vae, pixels, *how)[0]

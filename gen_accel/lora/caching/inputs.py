@@ -41,7 +41,7 @@ _WITHOUT = {
     "first_frame_dropout": (TEXT, "text alone"),
     "last_frame_dropout": (FIRST_FRAME, "a first frame alone"),
 }
-_ARGUMENTS = ("plain", "ltx")  # ways to a frame of the clip
+_ARGUMENTS = ("plain", "ltx", "minimax_h3")  # ways to a frame of the clip
 
 
 class Conditioned(NamedTuple):
@@ -308,24 +308,24 @@ class GivenFrames:
         """
         return hash_of([*self._about, text, *clip]) if self.reads_prompts else text
 
-    def __call__(
-        self, image: Image.Image, last: Image.Image | None, frames: int
-    ) -> dict[str, Tensor]:
-        """Encode the first frame, and the last one, of a clip of so many pixel frames."""
+    def __call__(self, images: Sequence[Image.Image], frames: int) -> dict[str, Tensor]:
+        """Encode the first frame, and the last one if there is one, of a clip of so many pixel
+        frames."""
         pipe, transformer = self._encoders.pipe, self._transformer
-        found = self._family.first_frame(pipe, transformer, image, frames)
-        if last is not None:
-            found |= self._family.last_frame(pipe, transformer, image, last, frames)
+        first, *ends = images
+        found = self._family.first_frame(pipe, transformer, first, frames)
+        for last in ends:
+            found |= self._family.last_frame(pipe, transformer, first, last, frames)
         return found
 
     def control(self, frames: np.ndarray) -> dict[str, Tensor]:
         """Encode a control film, (F, H, W, 3) uint8."""
         return self._family.control(self._encoders.pipe, [*map(Image.fromarray, frames)])
 
-    def prompt(self, prompt: str, image: Image.Image | None) -> dict[str, Tensor]:
-        """Encode a prompt together with a frame; None: with the stand-in for no frame."""
+    def prompt(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Encode a prompt together with the given frames; (): with the stand-in for none."""
         encode = self._family.encode_prompt_with
-        found = encode(self._encoders.pipe, self._transformer, image, prompt, self._max_tokens)
+        found = encode(self._encoders.pipe, self._transformer, images, prompt, self._max_tokens)
         return {name: x[0] for name, x in found.items()}
 
 

@@ -513,7 +513,7 @@ class Encoding:
         """Make the tensors of a chunk other than its latents and plain captions."""
         images, given_frames = self.options.images, self.given_frames
         if kind == SHOWN_CAPTIONS and given_frames is not None:
-            return given_frames.prompt(text, None if chunk is None else self._frame(chunk, 0))
+            return given_frames.prompt(text, () if chunk is None else self._given(chunk))
         if kind == IMAGES and images is not None and chunk is None:
             return {IMAGE: images.nothing()}
         assert chunk is not None
@@ -526,9 +526,7 @@ class Encoding:
         if kind == GIVEN_FRAMES and given_frames is not None:
             if given_frames.condition == CONTROL:
                 return given_frames.control(self._control(chunk))
-            has_last = given_frames.condition == LAST_FRAME
-            last = self._frame(chunk, chunk.frames - 1) if has_last else None
-            return given_frames(self._frame(chunk, 0), last, chunk.frames)
+            return given_frames(self._given(chunk), chunk.frames)
         if kind == SOUNDS:
             return {SOUND: self._heard(chunk)}
         mask = read_mask(
@@ -546,6 +544,12 @@ class Encoding:
         place += chunk.begin
         found = chunk.video.read(frames=1, size=chunk.size, fps=self.options.fps, begin=place)
         return Image.fromarray(found[-1])
+
+    def _given(self, chunk: ClipChunk) -> list[Image.Image]:
+        """Read the first frame of a chunk, and the last one under condition last_frame."""
+        has_last = self.options.condition == LAST_FRAME
+        places = (0, chunk.frames - 1) if has_last else (0,)
+        return [self._frame(chunk, place) for place in places]
 
     def _heard(self, chunk: ClipChunk) -> Tensor:
         """Encode the sound of a chunk, (tokens, D)."""
@@ -606,15 +610,11 @@ class Encoding:
         """Keep the given frames of some clips as pictures, (H, W, 3) uint8. Returns their keys."""
         if self.given_frames is None or self.given_frames.condition == CONTROL:
             return []
-        has_last = self.given_frames.condition == LAST_FRAME
-        places = {PICTURE: 0} | ({LAST_PICTURE: -1} if has_last else {})
-        keys = []
+        names, keys = (PICTURE, LAST_PICTURE), []
         for chunk in done[:PICTURES]:
             keys.append(hash_of([RECIPE, PICTURE, chunk.entry.frame_key]))
             if keys[-1] not in store:
-                frames = (
-                    (name, self._frame(chunk, at % chunk.frames)) for name, at in places.items()
-                )
+                frames = zip(names, self._given(chunk), strict=False)
                 store.put(keys[-1], {name: torch.from_numpy(np.array(x)) for name, x in frames})
         return keys
 

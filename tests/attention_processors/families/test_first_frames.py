@@ -138,7 +138,7 @@ def test_hunyuan_video_sees_what_its_pipeline_shows(kind):
     more = {"max_sequence_length": 40, "guidance_scale": 1.0}
     given, out = call_of(pipe, "transformer", **more)
     text = "a red square moves right"
-    shown = hunyuan_family.encode_prompt_with(pipe, model, picture(), text, 40)
+    shown = hunyuan_family.encode_prompt_with(pipe, model, [picture()], text, 40)
     kept = hunyuan_family.first_frame(pipe, model, picture(), 9)
     assert kept[FIRST_FRAME].shape == (hunyuan.CHANNELS, 1, 4, 6)
     noisy = given["hidden_states"][:, : hunyuan.CHANNELS]
@@ -156,8 +156,8 @@ def test_hunyuan_video_sees_what_its_pipeline_shows(kind):
 def test_hunyuan_videos_text_depends_on_the_frame():
     pipe = hunyuan.image_pipeline()
     made = [
-        hunyuan_family.encode_prompt_with(pipe, pipe.transformer, image, "a red square", 40)
-        for image in (picture(0), picture(1), None, Image.new("RGB", (WIDTH, HEIGHT)))
+        hunyuan_family.encode_prompt_with(pipe, pipe.transformer, images, "a red square", 40)
+        for images in ([picture(0)], [picture(1)], (), [Image.new("RGB", (WIDTH, HEIGHT))])
     ]
     states = [one["encoder_hidden_states"] for one in made]
     assert len({x.shape for x in states}) == 1
