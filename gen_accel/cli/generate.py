@@ -80,7 +80,8 @@ def read_clip(path: Path, typed: Mapping[str, object]) -> dict[str, object]:
             flag = name.replace("_", "-")
             told = str(value)[:MOST_SHOWN]
             raise ValueError(f"{path} was made with {told}, which no word gives: add --{flag}")
-    return dict(found.fields)
+    own = {"out": path} if "resume" in typed and "out" not in typed else {}
+    return {**found.fields, **own}
 
 
 def tell_differences(path: Path, config: GenerateConfig) -> None:

@@ -690,6 +690,8 @@ class GenerateConfig(
         many = len(self.texts) if self.is_list and is_there else 0
         targets = numbered(self.out, many) if many else [self.target]
         found["out"] = [path for target in targets for path in self.files_of(target).values()]
+        if self.resume:  # the film goes on, and may be read for its settings
+            found["out"].remove(self.target)
         if many and self.save_latents is not None:
             found["save_latents"] = numbered(self.save_latents, many)
         return found
@@ -776,9 +778,10 @@ class GenerateConfig(
             raise ValueError(f"a stream is an .mp4, got --out {self.out}")
         if self.sampler == "unipc":
             raise ValueError("a stream is sampled by euler or lcm, got --sampler unipc")
-        unfit = ("prompts", "preset", "extend", "cache", "compare", "preview", "save_latents")
-        unfit += ("image", "last_image", "video", "image_prompt", "ray", "dense_noise")
-        for name in filter(self.is_given, unfit):
+        unfit = ("prompts", "preset", "cache", "compare", "preview", "save_latents", "image")
+        unfit += ("last_image", "video", "image_prompt", "ray", "dense_noise")
+        extended = ("extend",) if self.techniques else ()  # "none" is no technique
+        for name in (*extended, *filter(self.is_given, unfit)):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{flag} is for a video that is made as a whole, got a stream: leave it out"

@@ -427,6 +427,7 @@ def _streamed(plan: GenerationPlan) -> Generated:
         asked = {
             **plan.request,
             **values_of_clip(clip.model_copy(update={"frames": None})),
+            "dtype": str(streamer.transformer.dtype).removeprefix("torch."),
             "zones": settings.zones.to_dict(),
             "noise": settings.noise,
         }

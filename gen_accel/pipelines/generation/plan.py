@@ -564,7 +564,8 @@ def settings_of(plan: GenerationPlan, device: str) -> ClipSettings:
     asked, dtype = plan.asked, plan.asked.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    changed = {"dtype": dtype, "loras": asked.loras, "extend": plan.techniques or "none"}
+    own = {"loras": asked.loras, "from_lora": asked.from_lora}  # an embedded one is found again
+    changed = {**own, "dtype": dtype, "extend": plan.techniques or "none"}
     kinds = {"preset": "a preset", "video": "a video"}
     fields: dict[str, Any] = {}
     wordless: dict[str, str] = {}
@@ -574,7 +575,7 @@ def settings_of(plan: GenerationPlan, device: str) -> ClipSettings:
         elif name != "method":
             wordless[name] = f"{kinds.get(name, 'a picture')} that was given in Python"
     words = {} if plan.method is None else method_words(plan.method)
-    if plan.config.preset is None and asked.from_lora is None and plan.method is not None:
+    if plan.config.preset is plan.config.from_lora is None and plan.method is not None:
         fields = {n: value for n, value in fields.items() if n not in ("method", "set")} | words
         if not words:
             wordless["method"] = repr(plan.method)

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from gen_accel.io import read_fields, replacing, save_tensors, write_json
-from gen_accel.measure.video_io import encode, finish
+from gen_accel.measure.video_io import count_frames, encode, finish
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.decode import load_latents
 from gen_accel.pipelines.generation.progress import Progress
@@ -116,9 +116,15 @@ def write_streamed(
         asked: see `StreamFolder`.
         about: returns the texts that the film keeps, at the end.
 
-    Raises as `StreamFolder`; OSError if the disk or the encoder failed.
+    Raises as `StreamFolder`; ValueError for fewer frames than the film has; OSError if the disk
+    or the encoder failed.
     """
     lengths = streamer.lengths
+    if resume and target.exists() and (has := count_frames(target)) > lengths.frames:
+        raise ValueError(
+            f"{target} has {has} frames, and a stream only goes on: give --frames {has} or more, "
+            f"got {lengths.frames}"
+        )
     chunks = [lengths.prompt(streamer.prompts, i) for i in range(lengths.chunks)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder), Progress() as bar:

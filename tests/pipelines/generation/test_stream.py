@@ -347,6 +347,20 @@ class TestFiles:
         assert fields["prompt"] == prompts
         assert fields["frames"] == 33
 
+    @pytest.mark.slow
+    def test_a_film_goes_on_by_its_own_settings(self, model, tmp_path, run, refused):
+        out, again = tmp_path / "clip.mp4", tmp_path / "again.mp4"
+        with pytest.warns(NotTrained):
+            generate(model, [PROMPT], **self.options(out))
+        whole, line = read_video(out), ("generate", "--from-settings", out)
+        run(*line, "--resume", "--frames", "45")
+        assert len(longer := read_video(out)) == 45
+        assert np.array_equal(longer[:33], whole)
+        assert "has 45 frames" in refused(*line, "--resume", "--frames", "33")
+        assert "is read, as --from-settings" in refused(*line, "--out", out)
+        run(*line, "--frames", "33", "--out", again)
+        assert np.array_equal(read_video(again), whole)
+
     @pytest.mark.parametrize(
         ("more", "message"),
         [
