@@ -15,9 +15,9 @@ from gen_accel.paths import (
     INDEX,
     INDEXES,
     OF_BLOCKS,
-    PICKLES,
     WEIGHTS,
     check_input,
+    check_no_pickle,
     expanded,
     model_named,
 )
@@ -94,7 +94,9 @@ def cached_index(repository: str) -> Path | None:
 
 def _check_no_weights(model: str) -> None:
     path = expanded(model)
-    if path.suffix in (*WEIGHTS, *PICKLES) and path.is_file():
+    if path.is_file():
+        check_no_pickle(path)
+    if path.suffix in WEIGHTS and path.is_file():
         raise ValueError(
             f"{model} is a file of weights: make a model of it and of the files of its other "
             f"parts by `gen-accel assemble {path.name} ... --out DIR`, once, and give DIR"

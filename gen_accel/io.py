@@ -152,13 +152,16 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 
 def read_index(file: Path) -> dict[str, Any]:
     """Read an index: the class of a pipeline, the library and class of each of its parts, and
-    plain values. A class of `published.PIPELINES` is read as the one whose parts it has."""
-    from gen_accel.published import PIPELINES  # which attaching a method does not need
+    plain values. Classes of `published.PIPELINES` and `PARTS` are read as those of diffusers."""
+    from gen_accel.published import PARTS, PIPELINES  # which attaching a method does not need
 
     found = read_fields(file)
     own = found.get("_class_name")
     if isinstance(own, str) and own in PIPELINES:
         found["_class_name"] = PIPELINES[own]
+    for name, value in found.items():
+        if isinstance(value, list) and len(value) == 2 and value[1] in [*PARTS]:
+            found[name] = [value[0], PARTS[value[1]]]
     if file.name != OF_BLOCKS:
         return found
     parts = {name: value[:2] for name, value in found.items() if _is_part(value)}

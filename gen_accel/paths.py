@@ -101,6 +101,17 @@ def part_of(text: str) -> tuple[str | None, Path]:
     return (found[1], expanded(found[2])) if found else (None, expanded(text))
 
 
+def check_no_pickle(path: Path) -> None:
+    """Refuse a pickle, by its name, and say how the weights in it become safetensors."""
+    if path.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which may run code as it is loaded: give the same weights as "
+            ".safetensors, as ComfyUI's repositories have them, or write one by "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW), where a file "
+            'of several models, as of Self-Forcing, needs ["generator_ema"] after load(...)'
+        )
+
+
 def weights_named(text: str | Path) -> tuple[str | None, Path]:
     """Split as `part_of`, and check the file.
 
@@ -110,12 +121,7 @@ def weights_named(text: str | Path) -> tuple[str | None, Path]:
     """
     part, path = part_of(str(text))
     check_files("file of weights", path)
-    if path.suffix.lower() in PICKLES:
-        raise ValueError(
-            f"{path} is a pickle, which may run code as it is loaded: give the same weights as "
-            ".safetensors, as ComfyUI's repositories have them, or write one by "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
-        )
+    check_no_pickle(path)
     if path.suffix not in WEIGHTS or not path.is_file():
         raise ValueError(f"{path} must be a file that ends in {' or '.join(WEIGHTS)}")
     return part, path

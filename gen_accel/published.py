@@ -1,5 +1,5 @@
-"""Published weights that were trained sparse, or for few steps: known by their names, and run as
-published."""
+"""Published weights that were trained sparse, for few steps, or to make a video chunk by chunk:
+known by their names, and run as published."""
 
 import re
 from typing import NamedTuple
@@ -24,9 +24,14 @@ class TrainedMethod(NamedTuple):
 
 PIPELINES = {  # of FastVideo, in the index of weights, and those of diffusers with the same parts
     "WanDMDPipeline": "WanPipeline",
+    "WanCausalDMDPipeline": "WanPipeline",
     "WanImageToVideoDmdPipeline": "WanImageToVideoPipeline",
     "TurboDiffusionPipeline": "WanPipeline",
     "TurboDiffusionI2VPipeline": "WanImageToVideoPipeline",
+}
+PARTS = {  # likewise, with the same weights or settings
+    "CausalWanTransformer3DModel": "WanTransformer3DModel",
+    "SelfForcingFlowMatchScheduler": "FlowMatchEulerDiscreteScheduler",
 }
 _BLOCKS = ("rest=none", "score=mean", "tile=raster", "block_q=128")
 METHODS = {  # the first that matches a name counts
@@ -73,6 +78,8 @@ class FewSteps(NamedTuple):
         shift: of equal steps; None: the pipeline's own, or `levels`.
         levels: noise at which each step begins, if the steps are not equal ones.
         guidance_scale: None: the pipeline's own.
+        zones: what a chunk sees of earlier ones, as `generate --zones` takes it, of weights that
+            make a video chunk by chunk; empty: they make whole clips.
     """
 
     about: str
@@ -83,6 +90,12 @@ class FewSteps(NamedTuple):
     shift: float | None = None
     levels: tuple[float, ...] = ()
     guidance_scale: float | None = 1.0
+    zones: tuple[str, ...] = ()
+
+    @property
+    def as_stream(self) -> str:
+        """The same for a stream; "" if they make whole clips."""
+        return f"--stream --zones {','.join(self.zones)} {self.words}" if self.zones else ""
 
     @property
     def words(self) -> str:
@@ -100,6 +113,8 @@ class FewSteps(NamedTuple):
 
 _OMNI = "https://github.com/vllm-project/vllm-omni/pull/7062"
 _FASTVIDEO = "hao-ai-lab/FastVideo at 2f3d407, docs/distillation/dmd.md"
+# All chunks of a clip of 81 frames, which have 21 latent ones; they see no noise.
+_WHOLE_CLIP = ("frames=3", "window=6", "noise=0")
 FEW_STEPS = (  # the first that matches a name counts
     FewSteps(
         "FastH3, 4 steps",
@@ -133,12 +148,66 @@ FEW_STEPS = (  # the first that matches a name counts
         levels=(1.0, 0.757, 0.522),
     ),
     FewSteps(
+        "LongLive of Wan 2.1 1.3B, 4 steps a chunk",
+        r"longlive(?!.*(2\.0|5b))",
+        "NVlabs/LongLive at v1.0, configs/longlive_inference_infinity.yaml",
+        4,
+        "lcm",
+        shift=5.0,
+        zones=("frames=3", "window=2", "sink=1", "noise=0"),
+    ),
+    FewSteps(
+        "Self-Forcing of Wan 2.1, 4 steps a chunk",
+        r"^(?!.*(wan-?2[._]?2|lightx2v)).*(self[-_]?forcing|sf-?wan|wancausaldmdpipeline)",
+        "guandeh17/Self-Forcing at 33593df, configs/self_forcing_dmd.yaml",
+        4,
+        "lcm",
+        shift=5.0,
+        zones=_WHOLE_CLIP,
+    ),
+    FewSteps(
+        "Causal Forcing of Wan 2.1 1.3B, chunk-wise, 4 steps a chunk",
+        r"^(?!.*(frame-?wise|\+\+|long-?video)).*causal[-_]?forcing",
+        "thu-ml/Causal-Forcing at 1fc7bbc, configs/causal_forcing_dmd_chunkwise.yaml",
+        4,
+        "lcm",
+        shift=5.0,
+        zones=_WHOLE_CLIP,
+    ),
+    FewSteps(
+        "CausVid of Wan 2.1 1.3B, bidirectional, 3 steps",
+        r"causvid.*bidirect",
+        "tianweiy/CausVid at ca21150, configs/wan_bidirectional_dmd_from_scratch.yaml",
+        3,
+        "lcm",
+        levels=(1.0, 0.757, 0.522),
+    ),
+    FewSteps(
+        "CausVid of Wan 2.1 1.3B, 4 steps a chunk",
+        r"causvid.*warp",
+        "tianweiy/CausVid at ca21150, configs/wan_causal_dmd_warp_4step_cfg2.yaml",
+        4,
+        "lcm",
+        shift=8.0,
+        zones=_WHOLE_CLIP,
+    ),
+    FewSteps(
+        "CausVid of Wan 2.1 1.3B, 3 steps a chunk",
+        r"causvid.*(autoregressive|1[._]?3b)|1[._]?3b.*causvid",
+        "tianweiy/CausVid at ca21150, configs/wan_causal_dmd.yaml",
+        3,
+        "lcm",
+        levels=(1.0, 0.757, 0.522),
+        zones=_WHOLE_CLIP,
+    ),
+    FewSteps(
         "CausVid of Wan 2.1, 9 steps",
         r"causvid",
         "ModelTC/LightX2V at 29c8504, configs/causvid/wan_t2v_causvid.json",
         9,
         "lcm",
         levels=(0.999, 0.934, 0.862, 0.756, 0.603, 0.41, 0.25, 0.14, 0.074),
+        zones=("frames=3", "window=6", "noise=0.074"),  # the cache is of the last step
     ),
     FewSteps(
         "AccVideo of Wan 2.1, 10 steps",

@@ -9,7 +9,13 @@ from gen_accel.cli.verb import verb
 from gen_accel.config import Config, option
 from gen_accel.hub import check_subject
 from gen_accel.paths import model_files, model_named
-from gen_accel.pipelines.generation.config import LONGEST, SCHEDULE, MethodConfig, check_length
+from gen_accel.pipelines.generation.config import (
+    LONGEST,
+    SCHEDULE,
+    MethodConfig,
+    Seen,
+    check_length,
+)
 from gen_accel.registry import Quantised, check_loading
 from gen_accel.video import VideoShape
 
@@ -63,7 +69,7 @@ class RunConfig(Config):
     )
 
 
-class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
+class EstimateConfig(FiguresConfig, Seen, MethodConfig, RunConfig):
     """A run whose cost is estimated."""
 
     VERB = "estimate"
@@ -126,6 +132,8 @@ class EstimateConfig(FiguresConfig, MethodConfig, RunConfig):
         for name in given if self.stream else ():
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is of a whole clip, got --stream too: leave one out")
+        if self.zones and not self.stream:
+            raise ValueError("--zones is of a stream: add --stream")
         if self.gpu is not None:
             from gen_accel.measure.cost.figures import card_named
 
@@ -184,12 +192,12 @@ def _estimated(config: EstimateConfig) -> tuple[list[str], dict[str, object]]:
     frames, height, width, steps = whole_run(config.model, config)
     if config.stream:
         from gen_accel.pipelines.generation.run_size import frame_rate_of
+        from gen_accel.pipelines.generation.stream import StreamSettings
         from gen_accel.pipelines.generation.stream_cost import forecast_stream
-        from gen_accel.pipelines.zones import Zones
 
         stream = forecast_stream(
             source,
-            zones=Zones(),
+            zones=StreamSettings().changed(config.zones).zones,
             height=height,
             width=width,
             fps=frame_rate_of(config.model),

@@ -136,7 +136,7 @@ def _list_lines(methods: Iterable["MethodInfo"], kernels: Iterable["KernelInfo"]
     yield "Published weights of few steps, which generate samples by itself:"
     for one in published.FEW_STEPS:
         yield ""
-        yield from hanging(f"  {one.about}: ", f"{one.words}; {one.source}")
+        yield from hanging(f"  {one.about}: ", f"{one.as_stream or one.words}; {one.source}")
     yield ""
     yield "Kernels, which do not:"
     places = set()

@@ -1,8 +1,11 @@
 """Zones of earlier chunks that a chunk of a video sees."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
+from gen_accel.parsing import convert, example, shown, wrong_type
+from gen_accel.registry import nearest_to
 from gen_accel.video import VideoShape
 
 Middle = Literal["none", "salient", "grid", "all"]
@@ -79,3 +82,24 @@ class Zones:
 def salient_tokens(tokens: int) -> int:
     """Number of a chunk's tokens that stay exact in a middle."""
     return max(1, tokens // SHARE - 1)
+
+
+def read_zones(words: Sequence[str]) -> dict[str, Any]:
+    """Read "field=value" each, of a field of `Zones` or noise, which is the noise level of the
+    chunks that are seen. Later ones win. ValueError for another field, or a value of another
+    type."""
+    hints, found = get_type_hints(Zones) | {"noise": float}, {}
+    for word in words:
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or name not in hints:
+            hint = nearest_to(name, [*hints])
+            raise ValueError(
+                f"zones are {'=..., '.join(hints)}=..., with commas between, got "
+                f"{shown(word)}{hint}"
+            )
+        try:
+            found[name] = convert(text, hints[name], is_text=True)
+        except (TypeError, ValueError, OverflowError):
+            right = f"{name}={example(hints[name])}"
+            raise wrong_type(f"{name} of zones", hints[name], text, right) from None
+    return found

@@ -47,7 +47,7 @@ ALIASES = {
 OWN = (
     *("model", "prompt", "out", "json", "prompts", "overwrite"),
     *("save_latents", "from_latents", "compare", "timed", "metrics"),
-    *("ray", "ray_workers", "settings", "seconds", "stream", "resume"),
+    *("ray", "ray_workers", "settings", "seconds", "stream", "resume", "zones"),
 )
 OPTIONS = tuple(name for name in GenerateConfig.options() if name not in OWN)
 LARGEST = 64 << 20  # bytes of a picture

@@ -37,6 +37,7 @@ from gen_accel.hub import fetched, index_file, index_in
 from gen_accel.io import read_fields, read_index, typed
 from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, expanded, model_named
+from gen_accel.published import PARTS
 from gen_accel.registry import needed_for
 from gen_accel.served import check_row, no_model, row_of
 from gen_accel.video import Coding, VideoShape
@@ -297,6 +298,7 @@ def _read(
         with suppress(OSError):  # some pipelines have none; the family's sizes are taken
             sizes = {} if alone else read_fields(file("vae/config.json"))
         kind = typed(known, "_class_name", str, origin=config, default=WAN)
+        kind = PARTS.get(kind, kind)
         return _saved(name, {**known, "_class_name": kind}, sizes, text)
     return None
 

@@ -19,6 +19,7 @@ from gen_accel.paths import (
     adapter_named,
     check_files,
     check_input,
+    check_no_pickle,
     check_output,
     check_picture,
     check_video_path,
@@ -26,6 +27,7 @@ from gen_accel.paths import (
     model_files,
 )
 from gen_accel.pipelines.sampler import Sampler, check_levels
+from gen_accel.pipelines.zones import read_zones
 from gen_accel.registry import FIRST, LAST, VIDEO, LinearKernel, Quantised
 
 if TYPE_CHECKING:
@@ -219,6 +221,7 @@ class Weights(Device):
     def check_loras(self) -> None:
         """Refuse a LoRA that is neither here nor on the hub."""
         for lora in self.loras:
+            check_no_pickle(expanded(parted(lora)[0]))
             check_there(file_in(parted(lora)[0])[0], "LoRA")
 
 
@@ -370,6 +373,25 @@ class ImagePromptConfig(Config):
             )
 
 
+class Seen(Config):
+    """What a chunk of a stream sees of earlier ones."""
+
+    zones: tuple[str, ...] = option(
+        (),
+        "Longer",
+        "Chunks that a chunk of a stream sees, any of frames, which are latent ones of a chunk, "
+        "window, sink, middle, remembered and noise, as window=6,noise=0. Default: as the LoRA or "
+        "the published weights were trained.",
+        metavar="FIELD=VALUE[,FIELD=VALUE]",
+        commas=True,
+    )
+
+    @model_validator(mode="after")
+    def _names_zones(self) -> "Self":
+        read_zones(self.zones)
+        return self
+
+
 class MethodChoice(Config):
     """A method, or a preset in its place."""
 
@@ -482,6 +504,7 @@ class MethodConfig(MethodChoice):
 
 
 class GenerateConfig(
+    Seen,
     Loading,
     ImagePromptConfig,
     ConditioningFiles,
@@ -771,8 +794,9 @@ class GenerateConfig(
 
     def _check_stream(self) -> None:
         if not self.stream:
-            if self.resume:
-                raise ValueError("resume goes on with a stream: add --stream")
+            for name in ("resume", "zones"):
+                if self.is_given(name):
+                    raise ValueError(f"--{name} is of a stream: add --stream")
             return
         if self.out.suffix.lower() != ".mp4":
             raise ValueError(f"a stream is an .mp4, got --out {self.out}")

@@ -422,7 +422,7 @@ def _streamed(plan: GenerationPlan) -> Generated:
             **plan.options,
         )
         stack.enter_context(handle)
-        settings = StreamSettings.of_pipe(pipe)
+        settings = StreamSettings.of_pipe(pipe, clip.zones)
         streamer = Streamer(pipe, clip, settings, prompts_of(video.texts))
         asked = {
             **plan.request,

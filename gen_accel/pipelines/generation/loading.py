@@ -16,7 +16,15 @@ from gen_accel.attention_processors.attached.clock import TRANSFORMERS, served_t
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
 from gen_accel.attention_processors.attached.trained import keep_trained, trained_in
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
-from gen_accel.hub import cached_index, check_there, fetched, file_in, parted, reachable
+from gen_accel.hub import (
+    cached_index,
+    check_there,
+    fetched,
+    file_in,
+    index_file,
+    parted,
+    reachable,
+)
 from gen_accel.io import named, read_fields
 from gen_accel.parsing import cut, shown
 from gen_accel.paths import expanded
@@ -100,7 +108,12 @@ def load(
         places = {part: place for part, place in places.items() if part in needed}
     known = places.keys() - (parts or {}).keys()
     quantised = known & {*TRANSFORMERS} if how in registry.QUANTISERS else set[str]()
-    originals = {part for part in known - quantised if original_in(Path(*places[part]))}
+    own = read_fields(index_file(source))
+    # Classes that diffusers does not know, see `published.PARTS`, it does not load around.
+    foreign = any(list(own[part][:2]) != list(index[part]) for part in places)
+    alone = set(known)
+    if not (blocks or foreign):
+        alone = {part for part in known - quantised if original_in(Path(*places[part]))}
     _check_floats(Path(source))
     if how is not None:
         check_plain(Path(source), how)
@@ -116,7 +129,7 @@ def load(
             fetch(source, places)
         with one_line(model):
             read: dict[str, Any] = {}
-            for one in known if blocks else originals | quantised:
+            for one in alone | quantised:
                 place, folder = places[one]
                 if one in quantised:
                     made = part_class(index[one], one)
@@ -126,6 +139,9 @@ def load(
             read |= parts or {}
             if blocks:
                 pipe = kind.of_parts(options_in(index), read)
+            elif foreign:
+                pipe = kind(**options_in(index), **read)
+                pipe.register_to_config(_name_or_path=source)
             else:
                 pipe = kind.from_pretrained(source, dtype=dtype, **read)
         _check_complete(pipe, model)

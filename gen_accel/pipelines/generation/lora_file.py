@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 OPTIONS = "lora_adapter_metadata"  # key of the metadata
-KOHYA, COMFYUI = "lora_unet_", "diffusion_model."
-PREFIX = re.compile(rf"{KOHYA}|{re.escape(COMFYUI)}|transformer\.")
-ELSEWHERE = re.compile(rf"{KOHYA}|.+\.(lora_(down|up)\.weight|alpha)$")
+KOHYA, COMFYUI, PEFT = "lora_unet_", "diffusion_model.", r"base_model\.model\."
+PREFIX = re.compile(rf"{KOHYA}|{re.escape(COMFYUI)}|{PEFT}|transformer\.")
+ELSEWHERE = re.compile(rf"{KOHYA}|{PEFT}|.+\.(lora_(down|up)\.weight|alpha)$")
 MATRIX = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))\.weight|(.+)\.alpha")
 WHOLE = re.compile(r"(.+)\.(diff|diff_b|set_weight|set_bias)")
 NUMBER = re.compile(rf"{re.escape(COMFYUI)}blocks\.([^.]*)(\..*)?", re.DOTALL)
@@ -258,8 +258,8 @@ def split_whole(
 def brought_home(
     tensors: Mapping[str, Tensor], model: nn.Module, origin: object, alpha: float | None = None
 ) -> dict[str, Tensor] | None:
-    """Bring a LoRA in kohya's names, ComfyUI's, or the layers' names alone to diffusers' own, its
-    alphas multiplied in. None for names that diffusers reads.
+    """Bring a LoRA in kohya's names, ComfyUI's, PEFT's, or the layers' names alone to diffusers'
+    own, its alphas multiplied in. None for names that diffusers reads.
 
     Args:
         alpha: of layers whose names stand alone and that have none; None: their rank.

@@ -74,8 +74,8 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
         ]
     if few is not None:
         lines.append(
-            f"Its publisher samples {few.about} by {few.words} ({few.source}); generate --lora "
-            "takes what is not given of it."
+            f"Its publisher samples {few.about} by {few.as_stream or few.words} ({few.source}); "
+            "generate --lora takes what is not given of it."
         )
     if len(lines) == 1:  # nothing is known but what it holds
         by, made_from = metadata.get("format"), metadata.get("finetuned_model", "?")

@@ -71,7 +71,7 @@ from gen_accel.pipelines.generation.run_size import (
 )
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
-from gen_accel.pipelines.generation.stream import stream_clip
+from gen_accel.pipelines.generation.stream import StreamSettings, stream_clip
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.preset import Preset, by_rule, choose_preset, read_preset
 from gen_accel.published import FewSteps, few_steps, trained_method
@@ -302,6 +302,8 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
         config, own = _with_lora(config, config.from_lora)
         method = own if preset is None else method
         config.check_sampling()
+    if config.stream:
+        _seen_by(config)  # refuses what does not go together
     if not (texts := config.texts):
         raise ValueError("no prompts: give --prompt TEXT, or --prompts FILE with one on each line")
     files = open_files(config) if config.kinds else None
@@ -372,6 +374,13 @@ def _with_own_stream(config: GenerateConfig) -> GenerateConfig:
     return config.model_copy(update={"method": "dense"})
 
 
+def _seen_by(config: GenerateConfig) -> StreamSettings:
+    """Return what a chunk of a stream sees, as far as that is known without the model."""
+    lora = config.from_lora
+    known = None if lora is None else StreamSettings.of(read_recipe(lora))
+    return (known or StreamSettings()).changed(config.zones)
+
+
 def _steps_of(preset: Preset, asked: int | None, name: object) -> int:
     """Return the number of steps that a preset was solved for; ValueError if another is asked."""
     solved = preset.method.steps
@@ -410,10 +419,12 @@ def _as_published(config: GenerateConfig) -> GenerateConfig:
 
 
 def _names_of_model(model: str) -> tuple[str, ...]:
-    """Return the names by which a model may be known: its own, and the pipeline of its folder."""
+    """Return the names by which a model may be known: its own, the pipeline of its folder, and the
+    file that `assemble` linked as its transformer."""
     index = index_in(folder_of(model))
     own = None if index is None else read_fields(index).get("_class_name")
-    return model_named(model), str(own)
+    files = (one.resolve().name for one in folder_of(model).glob("transformer/original.*"))
+    return model_named(model), str(own), *files
 
 
 def _in_few_steps(config: GenerateConfig, few: FewSteps, source: str) -> GenerateConfig:
@@ -424,6 +435,8 @@ def _in_few_steps(config: GenerateConfig, few: FewSteps, source: str) -> Generat
         changed = {"sampler": few.sampler, "levels": few.levels, "shift": few.shift}
     if is_open and config.steps is None:
         changed["steps"] = few.steps
+    if config.stream and few.zones:
+        changed["zones"] = (*few.zones, *config.zones)  # of which the last counts
     if scale is None and few.guidance_scale is not None:
         changed["guidance_scale"] = few.guidance_scale
     elif scale is not None and scale > 1 and few.guidance_scale == 1.0:
@@ -435,8 +448,9 @@ def _in_few_steps(config: GenerateConfig, few: FewSteps, source: str) -> Generat
         )
     if changed:
         warnings.warn(
-            f"{source} is {few.about}: sampled as published, {few.words}, as far as nothing else "
-            "is asked for",
+            f"{source} is {few.about}: sampled as published, "
+            f"{few.as_stream if 'zones' in changed else few.words}, as far as nothing else is "
+            "asked for",
             AsPublished,
             stacklevel=4,
         )
@@ -711,14 +725,12 @@ def forecast_generate(
 
 
 def _forecast_stream(config: GenerateConfig, model: str, gpu: str | None) -> "StreamForecast":
-    from gen_accel.pipelines.generation.stream import StreamSettings
     from gen_accel.pipelines.generation.stream_cost import forecast_stream
 
-    known = None if config.from_lora is None else StreamSettings.of(read_recipe(config.from_lora))
     _, height, width, _ = whole_run(config.model, config)
     return forecast_stream(
         model,
-        zones=(known or StreamSettings()).zones,
+        zones=_seen_by(config).zones,
         height=height,
         width=width,
         fps=frame_rate_of(config.model, config.fps),

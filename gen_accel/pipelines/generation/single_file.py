@@ -38,7 +38,8 @@ OWN = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\b.*\.(safetenso
 # Beside weights: the scale of one, and what only ComfyUI reads.
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")
 BESIDE = re.compile(r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant|spiece_model)")
-NET = "net."
+# Before all names: of TurboDiffusion's training, and of Self-Forcing's.
+NET = re.compile(r"net\.|model\.(?!diffusion_model\.)")
 READ = "fp32, fp16, bf16, fp8, fp8_scaled and GGUF are read"
 # Encoders of the T5 family: names of Wan's own files, and of transformers.
 T5_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -281,7 +282,8 @@ def _fitted(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model without weights, and the tensors of a file by its names."""
     hollow, config = _hollow(kind, folder)
-    tensors = _descaled(plain_names(tensors), file, dtype)
+    tensors = plain_names(tensors) if _is_of_diffusers(kind) else tensors
+    tensors = _descaled(tensors, file, dtype)
     tensors = {key: x for key, x in tensors.items() if not TRAINED.fullmatch(key)}  # see `load`
     places: Any = hollow.state_dict(keep_vars=True)
     if not places.keys() <= tensors.keys():
@@ -322,10 +324,10 @@ def _fitted(
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Strip the "net." that TurboDiffusion's training puts before all names."""
-    if not all(key.startswith(NET) for key in tensors):
+    """Strip the `NET` that some trainings put before all names."""
+    if not all(map(NET.match, tensors)):
         return tensors
-    return {key.removeprefix(NET): x for key, x in tensors.items()}
+    return {NET.sub("", key, count=1): x for key, x in tensors.items()}
 
 
 def _hollow(kind: type[Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from gen_accel.pipelines.generation.sampling import (
 )
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention, streaming_family
 from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
-from gen_accel.pipelines.zones import STEPS, Zones
+from gen_accel.pipelines.zones import STEPS, Zones, read_zones
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,6 +64,16 @@ class StreamSettings:
     noise: float = NOISE
     shift: float | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < 1:
+            raise ValueError(f"noise of zones must be from 0 to below 1, got {self.noise:g}")
+
+    def changed(self, words: Sequence[str]) -> "StreamSettings":
+        """Set the zones and the noise that words say, see `read_zones`."""
+        values = read_zones(words)
+        noise = values.pop("noise", self.noise)
+        return replace(self, zones=replace(self.zones, **values), noise=noise)
+
     @classmethod
     def of(cls, recipe: Recipe) -> "StreamSettings | None":
         """Take what a LoRA was trained with; None if it was not trained for chunks. ValueError for
@@ -78,18 +88,20 @@ class StreamSettings:
         return cls(Zones(**zones), **held)
 
     @classmethod
-    def of_pipe(cls, pipe: "DiffusionPipeline") -> "StreamSettings":
-        """Take what a LoRA on a pipeline was trained with, or the defaults with a warning."""
-        for recipe in recipes_of(first_transformer(pipe)).values():
-            if (found := cls.of(recipe)) is not None:
-                return found
-        warnings.warn(
-            "no LoRA here was trained to make a video chunk by chunk (objective causal): the "
-            "model's own weights, unless they were, soon lose what they showed",
-            NotTrained,
-            stacklevel=3,
-        )
-        return cls()
+    def of_pipe(cls, pipe: "DiffusionPipeline", words: Sequence[str] = ()) -> "StreamSettings":
+        """Take what a LoRA on a pipeline was trained with, or the defaults, which are warned of
+        unless there are words; see `changed`."""
+        found = map(cls.of, recipes_of(first_transformer(pipe)).values())
+        own = next((one for one in found if one is not None), None)
+        if own is None and not words:
+            warnings.warn(
+                "no LoRA here was trained to make a video chunk by chunk (objective causal): the "
+                "model's own weights soon lose what they showed, unless they were; then say with "
+                "what, as --zones window=6,noise=0",
+                NotTrained,
+                stacklevel=3,
+            )
+        return (own or cls()).changed(words)
 
 
 def _is_number(value: object) -> bool:

@@ -78,7 +78,7 @@ INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
 # Fields of several videos, and those that a screen gives by itself.
 ELSEWHERE = (
     *("model", "out", "prompts", "overwrite", "save_latents", "settings", "from_latents"),
-    *("ray", "ray_workers", "compare", "timed", "metrics", "lora", "stream", "resume"),
+    *("ray", "ray_workers", "compare", "timed", "metrics", "lora", "stream", "resume", "zones"),
 )
 # Fields of a clip whose default is the model's own, as a plan calls them.
 PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}

@@ -155,7 +155,7 @@ def _costs(page: Page) -> None:
         form.add("gpu", choices=[HERE, *card_names()], info=None)
         form.row(*SIZES, info=None)
         attention = AttentionChoice(page, form)
-        form.rest(("json", "overwrite", "curve"))
+        form.rest(("json", "overwrite", "curve", "stream", "zones"))
         run = gr.Button("Estimate", variant="primary", elem_id="meas-estimate")
     with gr.Column(scale=7, min_width=300):
         error = gr.HTML(elem_id="meas-estimate-error")

@@ -46,6 +46,16 @@ PUBLISHED = {  # names of weights: sampler, noise of each step, guidance
         1.0,
     ),
     "Wan21_CausVid_14B_T2V_lora_rank32_v2.safetensors": ("lcm", CAUSVID, 1.0),
+    "tianweiy/CausVid/autoregressive_checkpoint": ("lcm", DMD, 1.0),
+    "tianweiy/CausVid/autoregressive_checkpoint_warp_4step_cfg2": (
+        "lcm",
+        equal_steps(4, 8.0),
+        1.0,
+    ),
+    "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors": ("lcm", DMD, 1.0),
+    "Wan2.1_T2V_1.3B_SelfForcing_DMD-FP16.safetensors": ("lcm", LIGHTNING, 1.0),
+    "Efficient-Large-Model/LongLive-1.3B": ("lcm", LIGHTNING, 1.0),
+    "zhuhz22/Causal-Forcing/chunkwise": ("lcm", LIGHTNING, 1.0),
     "aejion/AccVideo-WanX-T2V-14B": ("unipc", equal_steps(10, 5.0), 1.0),
     "Lightricks/LTX-2-19b-distilled": ("euler", LTX, 1.0),
     "minimax_h3_fl2v_turbo_8step_v1.0_bf16.safetensors": ("euler", equal_steps(8, 12.0), None),
@@ -91,6 +101,8 @@ def test_each_has_a_name_that_is_tried():
     found = {few_steps(name) for name in PUBLISHED}
     assert {one for one in FEW_STEPS if not one.about.startswith("FastH3")} <= found
     assert few_steps("someone/wan-style-lora") is None
+    assert few_steps("FastVideo/CausalWan2.2-I2V-A14B-Preview", "WanCausalDMDPipeline") is None
+    assert few_steps("TencentARC/RollingForcing") is None
     for one in FEW_STEPS:
         Sampler(one.sampler, one.levels, one.shift)
         assert not one.levels or len(one.levels) == one.steps
