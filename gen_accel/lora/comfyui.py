@@ -23,7 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -231,35 +231,53 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
     own = {name: x for name, x in tensors.items() if TRAINED.fullmatch(name)}
     if not own or any(GATE not in name for name in own):
         raise ValueError(f"{path} holds no gates of VSA: load it by ComfyUI's own nodes")
+    coded = [name for name, x in own.items() if not x.is_floating_point()]
+    coded += [name for name in tensors.keys() - own.keys() if GATE in name and not _is_part(name)]
+    if coded:
+        raise ValueError(
+            f"{path} holds its gates quantised ({cut(coded[0])}): take a file that has them in "
+            "bfloat16, as FastVideo's own"
+        )
     check_finite(tensors, str(path))
-    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    differences, lost = {}, []
+    parts: dict[str, dict[OriginalLayer, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    differences: dict[str, Tensor] = {}
+    lost = []
     for name, x in tensors.items():
         if name in own:
             continue
         match, pair = WHOLE.fullmatch(name), MATRIX.fullmatch(name)
         layer = match[1] if match else (pair[1] or pair[4]) if pair else name
-        home = _place_in(THEIRS.sub("", layer, count=1), keys)
-        if match and home is not None:
-            key = f"{home}.{'bias' if match[2].endswith('_b') else 'weight'}"
-            if not match[2].startswith("set") and keys.get(key) == x.shape:
-                differences[key] = x
+        place = None if GATE in layer else _place_in(THEIRS.sub("", layer, count=1), keys)
+        if place is not None and match and not match[2].startswith("set"):
+            key = f"{PREFIX}.{place.name}.{'bias' if match[2].endswith('_b') else 'weight'}"
+            whole = _rows(x, place)
+            if keys.get(key) == whole.shape:
+                differences[key] = differences[key] + whole if key in differences else whole
                 continue
-        if pair and home is not None:
-            layers[f"{home}.weight"]["alpha" if pair[4] else "down" if pair[2] else "up"] = x
+        if place is not None and pair:
+            part = "alpha" if pair[4] else "down" if pair[2] else "up"
+            parts[place.name][place][part] = x
             continue
         lost.append(name)
     made = {}
-    for key, parts in layers.items():
-        down, up = parts.get("down"), parts.get("up")
-        if down is None or up is None or (len(up), *down.shape[1:]) != (*keys[key],):
+    for name, some in parts.items():
+        key, found = f"{PREFIX}.{name}.weight", {}
+        for place, held in some.items():
+            down, up = held.get("down"), held.get("up")
+            if down is not None and up is not None:
+                layer = LoraLayer(down, up, float(held.get("alpha", len(down))))
+                found[place.slot] = place, layer
+        joined = _joined(name, found, path) if len(found) == len(some) else None
+        if joined is None or (len(joined.up), *joined.down.shape[1:]) != (*keys[key],):
             lost.append(key)
             continue
-        made[key] = LoraLayer(down, up, float(parts.get("alpha", len(down))))
+        made[key] = joined
     if lost:
+        pruned = f"{PREFIX}.adaln_t_table" in keys
         raise ValueError(
             f"{path} does not fit this model, which has no place for {len(lost)} of its "
             f"{len(tensors)} tensors, or in another size: {named(map(cut, sorted(lost)))}"
+            + ("; this MiniMax-H3 is pruned: load the whole one" if pruned else "")
         )
     name = trained_method(metadata.get("finetuned_model", ""), path.name)
     method = None if name is None else method_from(name)
@@ -269,9 +287,14 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
 
 def _with_gates(names: list[str]) -> list[str]:
     """Choose all tensors of an adapter, and the gates of a model."""
-    if any(WHOLE.fullmatch(name) or MATRIX.fullmatch(name) for name in names):
+    if any(map(_is_part, names)):
         return names
-    return [name for name in names if TRAINED.fullmatch(name)]
+    return [name for name in names if GATE in name or TRAINED.fullmatch(name)]
+
+
+def _is_part(name: str) -> bool:
+    """Whether a tensor is of an adapter."""
+    return bool(WHOLE.fullmatch(name) or MATRIX.fullmatch(name))
 
 
 def _gates(tensors: Mapping[str, Tensor], path: Path) -> dict[int, Gate]:
@@ -296,27 +319,30 @@ def _gates(tensors: Mapping[str, Tensor], path: Path) -> dict[int, Gate]:
     return found
 
 
-def _place_in(layer: str, keys: Mapping[str, object]) -> str | None:
-    """Name a layer of diffusers, or of ComfyUI's model itself, by the key of its weight there
-    without ".weight"; None for one that is no weight of its own."""
-    found = [layer]
+def _original(layout: Layout, layer: str) -> OriginalLayer | None:
+    """Find a layer of diffusers in the whole original model; None for one that is not named."""
     match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", layer)
-    for layout in (one.comfyui for one in families() if match and one.comfyui):
-        theirs, inside = layout.get(match[1] if match else "", ("", None))
-        if not match or not theirs:
-            continue
-        ours = match[3]
-        # What a layout does not name, as norms, keeps its name beside the layers that it names.
-        beside = {
-            k.rpartition(".")[0]: x.name.rpartition(".")[0] for k, x in (inside or {}).items()
-        }
-        place, _, last = ours.rpartition(".")
-        one = (inside or {}).get(ours)
-        if one is not None and (len(one.widths) > 1 or one.is_swapped):
-            continue
-        home = one.name if one else f"{beside.get(place, place)}.{last}".lstrip(".")
-        found.append(f"{theirs}.{match[2]}.{home}")
-    return next((f"{PREFIX}.{x}" for x in found if f"{PREFIX}.{x}.weight" in keys), None)
+    theirs, inside = layout.get(match[1] if match else "", ("", {}))
+    if match and inside is None:
+        return OriginalLayer(f"{theirs}.{match[2]}.{match[3]}")
+    one = (inside or {}).get(match[3] if match else layer)
+    return replace(one, name=f"{theirs}.{match[2]}.{one.name}") if match and one else one
+
+
+def _place_in(layer: str, keys: Mapping[str, object]) -> OriginalLayer | None:
+    """Find a layer of diffusers, or of ComfyUI's model itself, in ComfyUI's model; None for one
+    that has no weight there."""
+    found = [OriginalLayer(layer), *(_original(one.comfyui, layer) for one in families())]
+    return next((x for x in found if x and f"{PREFIX}.{x.name}.weight" in keys), None)
+
+
+def _rows(x: Tensor, place: OriginalLayer) -> Tensor:
+    """Bring the rows of a difference to their places in the original layer, zeros beside them."""
+    if place.is_swapped:
+        x = torch.cat(x.chunk(2)[::-1])
+    unit = len(x) // place.widths[place.slot]
+    beside = [x.new_zeros(unit * width, *x.shape[1:]) for width in place.widths]
+    return torch.cat([*beside[: place.slot], x, *beside[place.slot + 1 :]])
 
 
 def converted(
@@ -331,17 +357,13 @@ def converted(
     parts: dict[str, dict[int, tuple[OriginalLayer, LoraLayer]]] = defaultdict(dict)
     factors: dict[str, LoraLayer | Factors] = {}
     for name, layer in _own_layers(tensors, recipe, origin).items():
-        match = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
-        theirs, places = stacks.get(match[1] if match else "", ("", {}))
-        place = OriginalLayer(match[3]) if match and places is None else None
-        if match and places:
-            place = places.get(match[3])
-        if match is None or place is None:
+        place = _original(stacks, name)
+        if place is None:
             raise ValueError(
                 f"{origin} has a LoRA on {name}, which no layer of ComfyUI's model stands for: "
                 "train with targets attention and feed_forward"
             )
-        home = f"{theirs}.{match[2]}.{place.name}"
+        home = place.name
         if isinstance(layer, LoraLayer):
             parts[home][place.slot] = (place, layer)
             continue

@@ -1,7 +1,11 @@
 """Gates of VSA that come with published weights, as FastWan's, and the attention with them."""
 
 from functools import partial
+from itertools import count, takewhile
 from typing import Any
+
+import torch
+from torch import nn
 
 from gen_accel import VSA
 
@@ -74,7 +78,7 @@ class LoadGatesNode:
                 f"the gates of {weights} have no place in {class_name(inner)}: load them in "
                 "diffusers, by gen-accel generate --lora"
             )
-        keys = {key: x.shape for key, x in model.model.state_dict().items()}
+        keys = _shapes(model, inner)
         found = load_published(weight_path(weights), keys)
         share = keep_percent / 100 or found.critical
         if share is None:
@@ -82,16 +86,23 @@ class LoadGatesNode:
                 f"the name of {weights} does not tell how sparse it was trained: set "
                 "keep_percent, to 100 x (1 - sparsity)"
             )
+        key = f"diffusion_model.{layout.projection}.weight"
         for number, gate in found.gates.items():
-            key = f"diffusion_model.{layout.projection.format(number)}.weight"
             shape = tuple(gate.to_gate_compress.weight.shape)
-            if shape != tuple(keys.get(key, ())):
+            rows, *width = keys.get(key.format(number), (0,))
+            if shape != (rows // layout.projected, *width):
                 raise ValueError(
                     f"the gate of block {number} of {weights} is {shape}, this model has "
-                    f"{tuple(keys.get(key, ())) or 'no such block'}"
+                    f"{(rows // layout.projected, *width) if rows else 'no such block'}"
                 )
             for x in gate.parameters():
                 x.mul_(strength)
+        blocks = {*takewhile(lambda number: key.format(number) in keys, count())}
+        if lacking := sorted(blocks - found.gates.keys()):
+            raise ValueError(
+                f"{weights} lacks the gates of {len(lacking)} of the {len(blocks)} blocks of "
+                f"{class_name(inner)}, of block {lacking[0]} first: take a whole file"
+            )
         patched = model.clone()
         kind = lora_adapter()
         adapter = {
@@ -111,6 +122,17 @@ class LoadGatesNode:
             more=More(gates=found.gates),
         )
         return (patched,)
+
+
+def _shapes(model: Any, inner: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of a model's weights by their keys; where one is quantised, as its layer is."""
+    state = model.model.state_dict()
+    found = {key: x.shape for key, x in state.items()}
+    for name, layer in inner.named_modules():
+        key, sides = f"diffusion_model.{name}.weight", ("out_features", "in_features")
+        if key in state and state[key].dtype.itemsize == 1 and hasattr(layer, sides[1]):
+            found[key] = torch.Size(getattr(layer, side) for side in sides)
+    return found
 
 
 NODE_CLASS_MAPPINGS = {"GenAccelLoadGates": LoadGatesNode}

@@ -1,6 +1,9 @@
 """ComfyUI's own modules, which are there when it imports this folder."""
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Folders under models.
 LORAS, MODELS, PRESETS = "loras", "diffusion_models", "gen_accel_presets"
@@ -50,3 +53,19 @@ def lora_adapter() -> type:
     from comfy.weight_adapter import LoRAAdapter  # pyright: ignore[reportMissingImports]
 
     return LoRAAdapter
+
+
+def outside_graphs() -> AbstractContextManager[Any]:
+    """Allocate beside ComfyUI's record of what a block allocates and frees, which newer versions
+    replay: plans outlive their block."""
+    pause = _pause()
+    return nullcontext() if pause is None else pause()
+
+
+@cache
+def _pause() -> Any:
+    try:
+        from comfy import model_prefetch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return getattr(model_prefetch, "pause_malloc_graph", None)

@@ -1,11 +1,13 @@
 """Places of the video's tokens in models of ComfyUI's, by the model's class.
 
-Written for ComfyUI 0.19.3 (comfy/ldm), and for MiniMax-H3 as of its commit 003617c. A model whose
-class is not here stays dense: the order of its tokens is not known.
+Written for ComfyUI 0.19.3 (comfy/ldm), and for MiniMax-H3 as of its commits 003617c, which says
+nothing of the order of its tokens, and 01a56b7, which does. A model whose class is not here stays
+dense: the order of its tokens is not known.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -16,6 +18,7 @@ from gen_accel import VideoShape
 Grid = tuple[int, int, int]  # frames, rows and columns
 Options = Mapping[str, Any]  # a model's `transformer_options` in an attention call
 TEXT = "gen_accel_text"  # of the options: number of the tokens of text that a pass is given
+SAID = "minimax_h3_layout"  # of the options: MiniMax-H3's order of tokens, since ComfyUI 0.35
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Layout:
         numbers_blocks: whether `transformer_options` says the number of the block.
         projection: name of the layer that q is projected by, with {} for the number of the block;
             None where gates have no place.
+        projected: how many of q, k and v that layer gives, one after another.
     """
 
     patch: Grid
@@ -50,6 +54,7 @@ class Layout:
     width: int | None = None
     numbers_blocks: bool = True
     projection: str | None = None
+    projected: int = 1
 
     def grid(self, latents: tuple[int, ...]) -> Grid | None:
         """Grid in tokens of latents (B, C, T, H, W), or (B, C, H, W) of an image."""
@@ -101,10 +106,22 @@ def _last(grid: Grid, tokens: int, options: Options) -> Place | None:
 def _end(grid: Grid, tokens: int, options: Options) -> Place | None:
     """Find the grid behind text, key frames, references and sound. Before the blocks, there is
     attention over the text alone."""
-    beside = tokens - prod(grid)
+    beside, said = tokens - prod(grid), options.get(SAID)
     if beside < 0 or tokens == options.get(TEXT):
         return None
-    return Place(VideoShape(*grid, text=beside), beside)
+    if said is None:
+        return Place(VideoShape(*grid, text=beside), beside)
+    *before, last = said.segments
+    if last != (beside, tokens, "video"):
+        return None
+    parts = (sum(end - start for start, end, _ in run) for _, run in groupby(before, _sort))
+    return Place(VideoShape(*grid, beside, tuple(filter(None, parts))), beside)
+
+
+def _sort(segment: tuple[int, int, str]) -> str:
+    """Tell words, pictures and sound apart, of which those side by side are one part."""
+    kind = segment[2]
+    return "sound" if "audio" in kind else "words" if kind == "text" else "pictures"
 
 
 def _wan(with_reference: bool) -> Callable[[Grid, int, Options], Place | None]:
@@ -142,7 +159,13 @@ _LAYOUTS: dict[str, Callable[[Any], Layout]] = {
     "HunyuanVideo": lambda m: Layout(_image_patch(m), _last),
     "Flux": lambda m: Layout(_image_patch(m), _last),
     "QwenImageTransformer2DModel": lambda m: Layout(_image_patch(m), _last),
-    "MiniMaxH3Model": lambda m: Layout(_image_patch(m), _end, numbers_blocks=False),
+    "MiniMaxH3Model": lambda m: Layout(
+        _image_patch(m),
+        _end,
+        numbers_blocks=False,
+        projection="blocks.{}.attn.qkv_proj",
+        projected=3,
+    ),
     "AsymmDiTJoint": lambda m: Layout(_image_patch(m), _first, numbers_blocks=False),
     "LTXBaseModel": lambda m: Layout((1, 1, 1), _alone, m.inner_dim, numbers_blocks=False),
     "MiniTrainDIT": lambda m: Layout(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gen_accel import VideoShape
 from gen_accel.attention_processors.methods.dense import Full
 
+from .host import outside_graphs
 from .layouts import TEXT, Grid, Layout, Place, class_name, layout_of
 from .moments import (
     NEVER,
@@ -175,7 +176,13 @@ class SparseAttention:
         with ExitStack() as stack:
             stack.callback(self._leave, options, live, kept)
             self._listen(forward.class_obj.diffusion_model, stack)
-            return forward(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            out = forward(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            if self.now.hidden:
+                raise ValueError(
+                    f"the gate of block {min(self.now.hidden)} was not used: another node computes "
+                    "its attention, as ComfyUI's Model Sparse Attention does; take that one off"
+                )
+            return out
 
     def _leave(
         self, options: dict[str, Any], live: Mapping[str, Any], kept: Mapping[str, Any]
@@ -206,7 +213,7 @@ class SparseAttention:
 
             stack.callback(layer.register_forward_pre_hook(see).remove)
 
-    def _gate(self, layer: int | None, tokens: int, heads: int) -> Tensor | None:
+    def _gate(self, layer: int | None, video: VideoShape, heads: int) -> Tensor | None:
         """(B, H, N, D) of the gate of a layer; None for one without."""
         if not self.more.gates:
             return None
@@ -215,16 +222,26 @@ class SparseAttention:
                 "the number of the block is not known, which gates need: update ComfyUI to 0.19.3 "
                 "or later"
             )
+        if video.text and not video.parts:
+            raise ValueError(
+                "this ComfyUI does not say which tokens are words, pictures and sound, which gates "
+                "need: update ComfyUI to 0.35 or later"
+            )
         gate = self.more.gates.get(layer)
         if gate is None:
             return None
         seen = self.now.hidden.pop(layer, None)
-        if seen is None or seen.shape[1] != tokens:
+        if seen is not None and seen.ndim == 2:  # MiniMax-H3 has no batches
+            seen = seen.unsqueeze(0)
+        if seen is None or seen.shape[1] != video.tokens:
             raise ValueError(
-                f"the gate of block {layer} found no hidden states for the {tokens} tokens of its "
-                "attention: another node replaces this block, take it off"
+                f"the gate of block {layer} found no hidden states for the {video.tokens} tokens "
+                "of its attention: another node replaces this block, take it off"
             )
-        return gate.to(seen.device)(seen).unflatten(2, (heads, -1)).transpose(1, 2)
+        # Kept where they are, as ComfyUI knows nothing of their memory: gigabytes for FastH3.
+        held = {name: x.to(seen.device) for name, x in gate.named_parameters()}
+        out = torch.func.functional_call(gate, held, seen)
+        return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
     # ComfyUI's TorchCompileModel guards nothing of transformer_options, so that a graph would hold
     # the block, the step and the grid of the first call forever.
@@ -258,6 +275,11 @@ class SparseAttention:
         seen = None
         if place is not None and (not reason or extends):
             seen = self._seen(mask, place, len(q))
+        if self.now.hidden and (reason or seen is None):
+            raise ValueError(
+                f"the gate of block {min(self.now.hidden)} has no use in attention that stays "
+                f"dense ({reason or 'a mask'}): take Load Gates (gen_accel) off"
+            )
         if seen is None:
             self.counts[f"dense: {reason or 'a mask'}"] += 1
             call = func if self.now.previous is None else _behind(self.now.previous, func)
@@ -274,9 +296,11 @@ class SparseAttention:
             )
         if not skip_reshape:
             q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        gate = None if reason else self._gate(self.now.moment.layer, q.shape[2], heads)
-        rest = kwargs.get("scale"), extensions, reason
-        out = self._sparse(q, k, v, seen, *rest, gate=gate)
+        assert place is not None
+        with outside_graphs():
+            gate = None if reason else self._gate(self.now.moment.layer, place.video, heads)
+            rest = kwargs.get("scale"), extensions, reason
+            out = self._sparse(q, k, v, seen, *rest, gate=gate)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def report(self, *patcher: Any) -> None:
@@ -355,7 +379,7 @@ class SparseAttention:
         why = self.now.moment.why_dense(self.more.schedule)
         method, density = (None, 0.0) if why else self.choose(video)
         why = why or why_not(method, self.now.moment)
-        if not why and video.frames == 1 and density == 1:
+        if not why and video.frames == 1 and density == 1 and not self.more.gates:
             return "the method keeps all of a single frame"
         return why
 

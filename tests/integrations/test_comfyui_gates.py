@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import wan
-from support.comfyui_host import BLOCKS, HEADS, WIDTH, Adapter, WanModel, Weighted, latents
+from support.comfyui_host import BLOCKS, HEADS, WIDTH, WanModel, Weighted, latents
 from support.paths import ROOT
 from support.single_files import transformer_state
 from torch import nn
@@ -71,19 +71,6 @@ def adapter():
         "blocks.1.attn1.norm_q.diff": drawn(WIDTH, seed=4),
     }
     return held | gates("blocks.{}.attn1.to_gate_compress.set_{}")
-
-
-@pytest.fixture
-def load(pack, monkeypatch, tmp_path):
-    """The node, on tensors of a file."""
-
-    def node(model, tensors, name="fastwan.safetensors", strength=1.0, **inputs):
-        save_file(tensors, tmp_path / name)
-        monkeypatch.setattr(pack.gate_nodes, "weight_path", lambda name: tmp_path / name)
-        monkeypatch.setattr(pack.gate_nodes, "lora_adapter", lambda: Adapter)
-        return pack.gate_nodes.LoadGatesNode().load(model, name, strength, **inputs)[0]
-
-    return node
 
 
 def by_hand(model, x, critical, strength=1.0):

@@ -111,5 +111,8 @@ READERS = {
     "ltx2": original.convert_ltx2_transformer_to_diffusers,
     "cosmos": original.convert_cosmos_transformer_checkpoint_to_diffusers,
     "mochi": lambda found: original.convert_mochi_transformer_checkpoint_to_diffusers(Rest(found)),
+    "minimax_h3": lambda found: original.convert_minimax_h3_transformer_checkpoint_to_diffusers(
+        found, None
+    ),
     "kandinsky5": lambda found: found,  # diffusers has the original names
 }

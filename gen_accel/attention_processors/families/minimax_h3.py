@@ -4,6 +4,7 @@ Its pipeline is made of blocks. Their own code lays out the sequence and the lev
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import compress, product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from gen_accel.attention_processors.families.base import (
     Family,
     Generation,
     Given,
+    OriginalLayer,
     PipelineInputs,
     PublishedModel,
     Sizes,
@@ -51,6 +53,36 @@ _SEEN, _KINDS, _COUNTS = "picture_states", "picture_kinds", "picture_tokens"
 _MOST_TEXT = 512  # tokens of a caption, of which the pipeline takes any number
 _LABEL = 8  # tokens of "<Picture 1>: " and of the two marks around a picture
 _KEYS = ("first", FIRST_FRAME, IS_GIVEN), ("last", LAST_FRAME, LAST_IS_GIVEN)
+_BLOCK = {
+    **OriginalLayer.fused("attn.qkv_proj", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    "attn.to_out.0": OriginalLayer("attn.out_proj"),
+    "attn.norm_q": OriginalLayer("attn.q_norm"),
+    "attn.norm_k": OriginalLayer("attn.k_norm"),
+    # diffusers gates by the second half, the original by the first.
+    "ff.net.0.proj": OriginalLayer("mlp.fc1", is_swapped=True),
+    "ff.net.2": OriginalLayer("mlp.fc2"),
+    "norm1": OriginalLayer("norm1"),
+    "norm2": OriginalLayer("norm2"),
+    "adaln_proj.linear": OriginalLayer("adaln_proj.linear"),
+}
+_OUTSIDE = {
+    "proj_in": OriginalLayer("video_patch_proj"),
+    "audio_proj_in": OriginalLayer("audio_patch_proj"),
+    "context_embedder": OriginalLayer("condition_proj"),
+    "time_embedder.linear_1": OriginalLayer("time_embedder.proj_in"),
+    "time_embedder.linear_2": OriginalLayer("time_embedder.proj_out"),
+    "norm_out.norm": OriginalLayer("final_layer.norm"),
+    "norm_out.linear": OriginalLayer("final_layer.adaln_proj.linear"),
+    "proj_out": OriginalLayer("final_layer.video_out"),
+    "audio_proj_out": OriginalLayer("final_layer.audio_out"),
+    **{
+        f"token_refiner.refiner_blocks.{i}.{ours}": replace(
+            one, name=f"token_refiner.blocks.{i}.{one.name}"
+        )
+        for i in range(2)  # as many as are published
+        for ours, one in _BLOCK.items()
+    },
+}
 
 
 def _canvas(pipe: Any, height: int, width: int) -> tuple[int, int]:
@@ -115,6 +147,8 @@ class MiniMaxH3(Family):
         "vae": "minimax-h3-video",  # many calls of a transformer, which take long to trace
         "audio_vae": "minimax-h3-sound",
     }
+
+    comfyui = {"transformer_blocks": ("blocks", _BLOCK), "": ("", _OUTSIDE)}
 
     def layers(self, transformer: Model) -> Layers:
         return Layers(
