@@ -239,7 +239,9 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
             "bfloat16, as FastVideo's own"
         )
     check_finite(tensors, str(path))
-    parts: dict[str, dict[OriginalLayer, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    parts: dict[str, dict[OriginalLayer, dict[str, Tensor]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     differences: dict[str, Tensor] = {}
     lost = []
     for name, x in tensors.items():

@@ -75,8 +75,8 @@ class LoadGatesNode:
         layout = layout_of(inner)
         if layout is None or layout.projection is None:
             raise ValueError(
-                f"the gates of {weights} have no place in {class_name(inner)}: load them in "
-                "diffusers, by gen-accel generate --lora"
+                f"the gates of {weights} have no place in {class_name(inner)}, only in Wan and "
+                "MiniMax-H3: put the node on the model that they are for"
             )
         keys = _shapes(model, inner)
         found = load_published(weight_path(weights), keys)

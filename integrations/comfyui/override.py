@@ -179,8 +179,9 @@ class SparseAttention:
             out = forward(x, t, c_concat, c_crossattn, control, options, **kwargs)
             if self.now.hidden:
                 raise ValueError(
-                    f"the gate of block {min(self.now.hidden)} was not used: another node computes "
-                    "its attention, as ComfyUI's Model Sparse Attention does; take that one off"
+                    f"the gate of block {min(self.now.hidden)} was not used: another node "
+                    "computes its attention, as ComfyUI's Model Sparse Attention does; take that "
+                    "one off"
                 )
             return out
 
@@ -224,8 +225,8 @@ class SparseAttention:
             )
         if video.text and not video.parts:
             raise ValueError(
-                "this ComfyUI does not say which tokens are words, pictures and sound, which gates "
-                "need: update ComfyUI to 0.35 or later"
+                "this ComfyUI does not say which tokens are words, pictures and sound, which "
+                "gates need: update ComfyUI to 0.35 or later"
             )
         gate = self.more.gates.get(layer)
         if gate is None:

@@ -1,23 +1,25 @@
 """Gates of VSA in ComfyUI: of published files, with the hidden states of each block."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from support import wan
-from support.comfyui_host import BLOCKS, HEADS, WIDTH, WanModel, Weighted, latents
-from support.paths import ROOT
+from support.comfyui_host import (
+    BLOCKS,
+    COMFYUI,
+    HEADS,
+    WIDTH,
+    WanModel,
+    Weighted,
+    computed_by_comfyui,
+    latents,
+)
 from support.single_files import transformer_state
 from torch import nn
 
 import gen_accel
 from gen_accel import VSA, VideoShape, attach
 from gen_accel.attention_processors.attached.trained import keep_trained
-
-COMFYUI = os.environ.get("COMFYUI_DIR")
 
 GRID = VideoShape(5, 8, 8)
 
@@ -220,18 +222,7 @@ def test_comfyui_s_own_wan_computes_as_diffusers(tmp_path):
         "heads": torch.tensor(wan.HEADS),
     }
     save_file({name: x.contiguous() for name, x in call.items()}, tmp_path / "given.safetensors")
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable)]
-    command += [ROOT / "tests" / "support" / "comfyui_gated.py", ROOT, tmp_path]
-    done = subprocess.run(
-        command,
-        cwd=COMFYUI,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "out.safetensors")
+    found = computed_by_comfyui("comfyui_gated.py", tmp_path)
     torch.testing.assert_close(found["dense"], dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["gated"], expected, rtol=1e-4, atol=1e-4)
     assert (found["gated"] - found["dense"]).abs().max() > 1e-2

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import (
-    convert_minimax_h3_transformer_checkpoint_to_diffusers,
+    convert_minimax_h3_transformer_checkpoint_to_diffusers as convert,
 )
 from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_minimax_h3 import (
     MiniMaxH3RotaryPosEmbed,
     _apply_rotary_emb,
 )
-from support.comfyui_host import BaseModel, Weighted, optimized_attention
+from support.comfyui_host import optimized_attention
 from support.tiny import minimax_h3 as tiny
 from support.tiny.wan import noise
 from torch import nn
@@ -21,16 +21,54 @@ from torch import nn
 SIGMA, SHIFTS = 0.7, (12.0, 3.0)  # of video and sound
 GRID = (5, 8, 8)
 KINDS = {"text": 1, "cond": 0, "ref_img": 0, "video": 0}  # tags; all others are sound, 2
-# How the sequence is cut, and the latents of what comes before the sound.
+# How the sequence is cut, the latents of what comes before the sound, and what ComfyUI cuts by.
 LAYOUTS = {
-    "text": (tiny.inputs, [("text", 9)], []),
-    "key frames": (tiny.key_inputs, [("text", 9), ("cond", 64), ("cond", 64)], [(1, 16, 16)] * 2),
+    "text": (tiny.inputs, [("text", 9)], [], {}),
+    "key frames": (
+        tiny.key_inputs,
+        [("text", 9), ("cond", 64), ("cond", 64)],
+        [(1, 16, 16)] * 2,
+        {"keyframes": [{"resolved_frame_index": i} for i in (0, 16)]},
+    ),
     "references": (
         tiny.reference_inputs,
         [("text", 9), ("ref_img", 6), ("ref_audio", 6), ("ref_audio", 8), ("ref_img", 12)],
         [(1, 4, 6), (2, 6, 4)],
+        {
+            "refs": [
+                {"kind": "image", "latent_h": 4, "latent_w": 6},
+                {"kind": "audio", "ref_audio_t": 3},
+                {
+                    "kind": "video_audio",
+                    "ref_audio_t": 4,
+                    "latent_t": 2,
+                    "latent_h": 6,
+                    "latent_w": 4,
+                },
+            ]
+        },
     ),
 }
+
+
+def sizes(config):
+    """Arguments of ComfyUI's class."""
+    names = {
+        "hidden_size": "hidden_size",
+        "num_layers": "num_layers",
+        "token_refiner_num_layers": "num_refiner_layers",
+        "num_attention_heads": "num_attention_heads",
+        "attention_head_dim": "attention_head_dim",
+        "ffn_hidden_size": "ffn_dim",
+        "latents_dim": "in_channels",
+        "audio_latents_dim": "audio_in_channels",
+        "text_dim": "text_dim",
+        "timestep_input_dim": "freq_dim",
+        "time_embed_hidden_size": "time_embed_hidden_dim",
+        "time_embed_dim": "time_embed_dim",
+        "rope_inv_freq_len": "rope_freq_dim",
+    }
+    return {theirs: config[ours] for theirs, ours in names.items()}
 
 
 def linear(inputs, outputs, bias=False):
@@ -114,7 +152,7 @@ class MiniMaxH3Model(nn.Module):
         self.final_layer.video_out = linear(width, rows, True)
         self.final_layer.audio_out = linear(width, config.audio_in_channels, True)
 
-    def forward(self, x, timestep, context, control=None, transformer_options=None, **given):
+    def forward(self, x, timestep, context, transformer_options=None, **given):
         payload, options = given["minimax_payload"], transformer_options
         layout = payload["layout"]
         options["minimax_h3_layout"] = layout
@@ -140,7 +178,10 @@ class MiniMaxH3Model(nn.Module):
         shift, scale = last.adaln_proj.linear(F.silu(time))[sort].chunk(2, 1)
         hidden = last.norm(hidden) * (1 + scale) + shift
         (a, b, _), (start, end, _) = layout.segments[-2:]
-        return [-last.video_out(hidden[start:end]), -last.audio_out(hidden[a:b])]
+        frames, height, width = x[0].shape[2:]
+        video = last.video_out(hidden[start:end]).view(frames, height // 2, width // 2, -1, 2, 2)
+        video = video.permute(3, 0, 1, 4, 2, 5).reshape(x[0].shape)
+        return [-video, -last.audio_out(hidden[a:b]).T.reshape(x[1].shape)]
 
 
 def times():
@@ -161,7 +202,7 @@ def told(segments):
 def case(name, seed=0):
     """Arguments of a call of diffusers' model, and of one of ComfyUI's, for a sequence of
     `LAYOUTS`."""
-    make, before, shapes = LAYOUTS[name]
+    make, before, shapes, _ = LAYOUTS[name]
     given = make(*GRID, batch=1)
     segments, end = [], 0
     for kind, count in [*before, ("audio", 2 * tiny.SOUND), ("video", 320)]:
@@ -193,27 +234,9 @@ def alike(model):
     torch.manual_seed(4)
     network = MiniMaxH3Model(model.config).eval()
     state = {name: x.clone() for name, x in network.state_dict().items()}
-    made = convert_minimax_h3_transformer_checkpoint_to_diffusers(state, None)
+    made = convert(state, None)
     model.load_state_dict(made)
     return network
-
-
-class Unpacked(BaseModel):
-    """With video and sound in one tensor, as the sampler has them."""
-
-    def apply_model(self, x, t, c_concat, c_crossattn, control, transformer_options, **given):
-        parts, rest = [], x.flatten()
-        for shape in given.pop("latent_shapes"):
-            size = torch.Size(shape).numel()
-            parts.append(rest[:size].view(shape))
-            rest = rest[size:]
-        return self.diffusion_model(parts, t, c_crossattn, control, transformer_options, **given)
-
-
-def patcher(network):
-    found = Weighted(network)
-    found.model.__class__ = Unpacked
-    return found
 
 
 def called(patched, video, sound, text, payload):
@@ -221,4 +244,5 @@ def called(patched, video, sound, text, payload):
     packed = torch.cat([video.flatten(), sound.flatten()]).view(1, 1, -1)
     shapes = [list(video.shape), list(sound.shape)]
     given = {"latent_shapes": shapes, "minimax_payload": payload}
-    return [-x for x in patched.forward(packed, SIGMA, text, **given)]
+    video, sound = patched.forward(packed, SIGMA, text, **given)
+    return [-tiny.rows(video), -sound[0].flatten(1).T]

@@ -4,15 +4,19 @@ callbacks, a sampling step, models that call the attention function in ComfyUI's
 import copy
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 from functools import cache
 from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from support.paths import ROOT
 from torch import nn
 
+COMFYUI = os.environ.get("COMFYUI_DIR")
 FOLDER = ROOT / "integrations" / "comfyui"
 HEADS, WIDTH, BLOCKS = 2, 32, 3
 OVERRIDE = "optimized_attention_override"
@@ -41,6 +45,21 @@ def pack_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def computed_by_comfyui(script, folder):
+    """Run a script of this folder by ComfyUI's Python, and return what it wrote."""
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable)]
+    done = subprocess.run(
+        [*command, ROOT / "tests" / "support" / script, ROOT, folder],
+        cwd=COMFYUI,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / "out.safetensors")
 
 
 def latents(frames=5, height=16, width=16, batch=1):
@@ -214,6 +233,19 @@ class Patcher:
         return [record.getMessage() for record in caplog.records]
 
 
+class Unpacked(BaseModel):
+    """For video beside sound, which the sampler has in one tensor; time runs from 1000."""
+
+    def apply_model(self, x, t, c_concat, c_crossattn, control, transformer_options, **given):
+        parts, rest = [], x.flatten()
+        for shape in given.pop("latent_shapes"):
+            size = torch.Size(shape).numel()
+            parts.append(rest[:size].view(shape))
+            rest = rest[size:]
+        options = {"transformer_options": transformer_options, **given}
+        return self.diffusion_model(parts, t * 1000, c_crossattn, **options)
+
+
 class Adapter:
     """As ComfyUI's: what it is made of."""
 
@@ -224,9 +256,9 @@ class Adapter:
 class Weighted(Patcher):
     """With patches on weights, as a ModelPatcher keeps them."""
 
-    def __init__(self, diffusion_model):
+    def __init__(self, diffusion_model, kind=BaseModel):
         super().__init__(diffusion_model)
-        self.patches = {}
+        self.patches, self.model = {}, kind(diffusion_model)
         inner = self.model
         inner.state_dict = lambda: {
             f"diffusion_model.{name}": x for name, x in diffusion_model.state_dict().items()
