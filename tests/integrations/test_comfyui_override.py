@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -262,6 +264,16 @@ def test_all_before_a_packed_video_is_kept(put_on, caplog, text):
     lines = told(patched, caplog)
     assert "2 attention calls sparse" in " ".join(lines)
     assert "1 attention calls dense: dense_blocks" in lines
+
+
+def test_what_outlives_a_block_is_not_in_comfyui_s_record_of_it(pack, put_on, monkeypatch):
+    paused, theirs = [], types.ModuleType("comfy")
+    theirs.model_prefetch = types.ModuleType("comfy.model_prefetch")
+    theirs.model_prefetch.pause_malloc_graph = lambda: paused.append(1) or nullcontext()
+    monkeypatch.setitem(sys.modules, "comfy", theirs)
+    monkeypatch.setattr(pack.host, "_pause", pack.host._pause.__wrapped__)
+    put_on(Patcher(WanModel()), dense_blocks=frozenset({1})).forward(latents())
+    assert len(paused) == 2
 
 
 @pytest.mark.parametrize("kind", [LTXBaseModel, LTXAVModel])
