@@ -422,7 +422,10 @@ class _Costs:
         stages = tuple(self._stage(size, steps, devices) for size, steps in self.clips)
         if config.validate_every:
             sampling, decoded = self._validation(config, self._validated)
-        notes = [*self.subject.uncounted, *self.unknown]
+        # Steps are traced with all that they are given; sampled videos are not.
+        of_step = self.subject.family.layers(self.subject.model).uncounted
+        notes = [note for note in self.subject.uncounted if note != of_step or sampling]
+        notes += self.unknown
         if self.moments is None:
             notes.append(f"what {config.optimizer} keeps, which is taken to be as AdamW's")
         if config.teacher_lora is not None:

@@ -16,7 +16,7 @@ from support.runs import WEIGHTS
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.families import family_named
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, LAST_FRAME
-from gen_accel.lora import dry_run, trainer
+from gen_accel.lora import dry_run, forecast_training, trainer
 from gen_accel.lora.batches import Batches, Draw
 from gen_accel.lora.caching.encode import cache
 from gen_accel.lora.caching.latents import LatentCache
@@ -266,6 +266,14 @@ def test_a_plan_counts_key_frames_and_what_the_text_encoder_makes_of_them():
     assert abs(given.batch - plain.batch - held) < 20_000
     more = (tokens + 2 * (8 + 2 * frame)) / tokens
     assert abs((given.work.attention / plain.work.attention) ** 0.5 - more) < 1e-3
+
+
+def test_a_plan_says_what_only_sampled_videos_leave_out(folder):
+    given = ft.config("unused", **SMALL, model=str(folder), condition="first_frame")
+    sampled = given.replaced(validate_every=2, validation_prompts=("a",))
+    plans = (forecast_training(one, gpus=["h100"], here=False) for one in (given, sampled))
+    notes = [" ".join(one.notes) for one in plans]
+    assert ["key frames" in one for one in notes] == [False, True]
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

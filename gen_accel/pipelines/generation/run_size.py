@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 
 from gen_accel.attention_processors.families import family_named, served_classes
+from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.hub import index_in
 from gen_accel.measure.cost.model import subject_of
 from gen_accel.paths import model_named
@@ -12,6 +13,7 @@ from gen_accel.pipelines.generation.model_index import (
     folder_of,
     index_of,
     pipeline_class,
+    skeleton,
 )
 from gen_accel.served import DEMO, RUNS, RunSize, row_of
 
@@ -27,7 +29,8 @@ def known_run(model: str | Path) -> RunSize | None:
 
 def usual_run(model: str | Path) -> dict[str, int]:
     """Return what a model is run with where nothing is said, by the fields of `RunSize`: as
-    `known_run`, or by the defaults of its pipeline's call, as far as that has any.
+    `known_run`, or by the defaults of its pipeline's call, as far as that has any, or by its own
+    rule for a picture of 16:9.
 
     Args:
         model: as `subject_of` takes it, by name or folder.
@@ -48,6 +51,9 @@ def usual_run(model: str | Path) -> dict[str, int]:
     for name, argument in {"frames": frames, **names, "steps": "num_inference_steps"}.items():
         if argument in call and isinstance(call[argument].default, int):
             found[name] = call[argument].default
+    row = takes(index["_class_name"])
+    if row is not None and callable(row.size) and not names.keys() <= found.keys():
+        found |= zip(names, row.size(skeleton(model), 9, 16), strict=True)
     return found
 
 
