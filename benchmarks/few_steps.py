@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from kept import clip_file, keep_clip, kept_clip
-from pages import RESULTS, machine, write_table
+from pages import RESULTS, machine, spread, write_table
 from rich.progress import track
 
 import gen_accel
@@ -195,7 +195,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     """Rows of the page: each setting, beside the same density without a dense step or a ramp."""
     yield (
         f"{report['prompts']} prompts, one seed each; {machine(report)}. Density of the sparse "
-        "steps. PSNR to the dense clip of the same steps: mean, worst. Gain: mean difference, "
+        "steps. PSNR to the dense clip of the same steps: mean (worst to best). Gain: mean difference, "
         "clip by clip, to `Piecewise` of the same density in all steps, with its t. Right: clips "
         "that show what was asked, at its pace."
     )
@@ -214,14 +214,13 @@ def _row(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str
         return f"| {name} | 1 | | | {right} |"
     values = [float(row["psnr_db"]) for row in rows]  # "Infinity" of equal clips
     density = statistics.fmean(row["density"] for row in rows)
-    told = f"{statistics.fmean(values):.1f} ({min(values):.1f})"
     gain = ""
     mean = next((m for m in ("0.2", "0.1") if m in name.split(",")[0] or m in name), None)
     plain = f"Piecewise({mean})"
     if mean is not None and name != plain:
         pairs = zip(values, (row["psnr_db"] for row in settings[plain]), strict=True)
         gain = _difference([a - b for a, b in pairs])
-    return f"| {name} | {density:.2f} | {told} | {gain} | {right} |"
+    return f"| {name} | {density:.2f} | {spread(values)} | {gain} | {right} |"
 
 
 def _difference(values: list[float]) -> str:

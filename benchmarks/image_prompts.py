@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from kept import keep_clip, kept_clip, to_make
-from pages import write_between_marks
+from pages import machine, write_between_marks
 from PIL import Image
 from rich.progress import track
 
@@ -294,9 +294,9 @@ def table(report: dict[str, Any]) -> list[str]:
         step, share = report["timed"]["seconds_a_step"], report["timed"]["of_without"]
         rows += [
             "",
-            f"A step took {step['without']:.3f} s without an image prompt, "
-            f"{step['cached']:.3f} s ({share['cached']:.3f}x) with one, and {step['anew']:.3f} s "
-            f"({share['anew']:.3f}x) where the image is encoded again each step.",
+            f"On {machine(report['environment'])}, a step took {step['without']:.3f} s without an image "
+            f"prompt, {step['cached']:.3f} s ({share['cached']:.3f}x) with one, and {step['anew']:.3f} "
+            f"s ({share['anew']:.3f}x) where the image is encoded again each step.",
         ]
     return rows
 

@@ -2,6 +2,7 @@
 words that several of them have."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def machine(report: Mapping[str, Any]) -> str:
 def right(rows: Sequence[Mapping[str, Any]]) -> str:
     """Count the clips that show what was asked for."""
     return f"{sum(row['right'] for row in rows)} of {len(rows)}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the mean of values, in brackets the worst and the best."""
+    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def _split(text: str, name: str) -> tuple[str, str, str]:

@@ -10,7 +10,6 @@ A clip that is there is not made again.
 
 import argparse
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import torch
 from few_steps import DOCS, SEED, SIZE, score
 from kept import clip_file, keep_clip, kept_clip
 from longer_videos import STEADY, held_out, strays
-from pages import RESULTS, machine, read_result, right, write_table
+from pages import RESULTS, machine, read_result, right, spread, write_table
 from rich.progress import track
 from study import longer
 
@@ -223,7 +222,7 @@ def table(report: dict[str, Any]) -> list[str]:
         f"{report['batch']} clips, {len(report['levels'])} steps a video. PSNR to the teacher's "
         "clips, of sparse ones to the student's dense clips.",
         "",
-        "| | calls | right | PSNR, dB: mean, worst |",
+        "| | calls | right | PSNR, dB: mean (worst to best) |",
         "|---|---|---|---|",
     ]
     for name, rows in report["runs"].items():
@@ -274,7 +273,7 @@ def table_of_tried(report: dict[str, Any]) -> list[str]:
 
 def _psnr_of(rows: list[Row]) -> str:
     values = [float(row["psnr_db"]) for row in rows if "psnr_db" in row]
-    return f"{statistics.fmean(values):.1f} ({min(values):.1f})" if values else ""
+    return spread(values) if values else ""
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {  # and result files

@@ -1,11 +1,10 @@
 """Tables of docs/longer_videos.md, from the result files of `longer_videos.py`."""
 
-import json
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parents[1] / "results"
+from pages import RESULTS, machine, read_result
+
 SECONDS = "longer_videos_epyc_seconds"
 SEEDS = "", "_seed_24"  # endings of the files of seeds 0 to 23 and 24 to 47
 
@@ -65,14 +64,15 @@ TECHNIQUES = (  # as the result files call them
 def tables() -> list[str]:
     """Lines of both tables: of LoRAs, and of techniques without one."""
     lines, used = of_loras()
-    score = demo_score()
+    score, made_on = demo_score(), read_result(SECONDS)["environment"]
     files = ", ".join(
         f"[{name}](../benchmarks/results/{name}.json)" for name in dict.fromkeys(used)
     )
     return [
         *lines,
         "",
-        "Techniques over `Radial` without a LoRA, 24 clips, seconds with `native`:",
+        "Techniques over `Radial` without a LoRA, 24 clips; seconds with `native` on "
+        f"{machine(made_on)}:",
         "",
         *of_techniques(),
         "",
@@ -87,7 +87,7 @@ def tables() -> list[str]:
 
 def of_techniques() -> list[str]:
     """Lines of the table of techniques."""
-    seconds = json.loads((RESULTS / f"{SECONDS}.json").read_text(encoding="utf-8"))["techniques"]
+    seconds = read_result(SECONDS)["techniques"]
     lines = ["| | right | at its pace | steady | loop | seconds |", "|---|---|---|---|---|---|"]
     for name in ("dense", "radial", *(f"radial + {technique}" for technique in TECHNIQUES)):
         found = _setting("longer_videos", name)
@@ -148,10 +148,9 @@ def demo_clips() -> dict[str, list[dict[str, Any]]]:
 
 
 def _setting(file: str, setting: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{file}.json"
-    if not path.exists():
+    if not (RESULTS / f"{file}.json").exists():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["settings"].get(setting)
+    return read_result(file)["settings"].get(setting)
 
 
 def _count(found: list[dict[str, Any]], share: str) -> str:
