@@ -195,9 +195,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     """Rows of the page: each setting, beside the same density without a dense step or a ramp."""
     yield (
         f"{report['prompts']} prompts, one seed each; {machine(report)}. Density of the sparse "
-        "steps. PSNR to the dense clip of the same steps: mean (worst to best). Gain: mean difference, "
-        "clip by clip, to `Piecewise` of the same density in all steps, with its t. Right: clips "
-        "that show what was asked, at its pace."
+        "steps. PSNR to the dense clip of the same steps: mean (worst to best). Gain: mean "
+        "difference, clip by clip, to `Piecewise` of the same density in all steps, with its t. "
+        "Right: clips that show what was asked, at its pace."
     )
     for one, settings in report["runs"].items():
         frames, steps = one.split(":")

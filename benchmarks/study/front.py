@@ -49,8 +49,9 @@ def table() -> list[str]:
         f"cell was not timed. From {files}.",
         "",
         f"**Nearness to dense is not quality.** Of {score['clips']} clips of fresh prompts and "
-        f"{clips['frames']} frames the demo [with its LoRA](docs/longer_videos.md#on-the-demo-model) "
-        f"gets {score['dense']} right dense, {score['sparse']} through `Piecewise(0.2)` and "
+        f"{clips['frames']} frames the demo [with its "
+        f"LoRA](docs/longer_videos.md#on-the-demo-model) gets {score['dense']} right dense, "
+        f"{score['sparse']} through `Piecewise(0.2)` and "
         f"{score['both']} both times, with a PSNR of "
         f"{score['psnr_worst_db']} to {score['psnr_best_db']} dB to one another.",
         "",

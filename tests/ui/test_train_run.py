@@ -51,7 +51,7 @@ def test_curves(out):
     means = [value for _, value, line in loss if line == "running mean"]
     assert means == pytest.approx([1.0, 1.05, 1.0975])
     assert [p for p in at_fixed_noise if p[2] == "mean"] == [(0, 1.0, "mean"), (2, 0.8, "mean")]
-    assert (0, 0.5, "at noise 0.25") in at_fixed_noise
+    assert (0, 0.5, "0.25") in at_fixed_noise
     assert rate == [(i + 1, 0.1, "learning rate") for i in range(3)]
 
 

@@ -422,8 +422,7 @@ def curves(out: Path) -> list[list[Point]]:
     rates = [float(one.get("learning_rate", math.nan)) for one in lines]
     levels: dict[str, list[tuple[int, float]]] = {}
     for one in (one for one in fixed if "after" in one):
-        named = {f"at noise {x}": loss for x, loss in one["levels"].items()}
-        for name, loss in ({"mean": one["fixed_loss"]} | named).items():
+        for name, loss in ({"mean": one["fixed_loss"]} | one["levels"]).items():
             levels.setdefault(name, []).append((one["after"], loss))
     return [
         [

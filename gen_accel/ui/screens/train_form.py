@@ -64,6 +64,8 @@ LABELS = {
     "dense_steps": "Dense steps",
     "targets": "Layers",
     "lora_dropout": "Dropout",
+    "lora_kind": "Kind of LoRA",
+    "lora_plus": "LoRA+",
     "dora": "DoRA",
     "rank_stabilised": "Rank-stabilised weight",
     "train_processors": "Train the method too",
