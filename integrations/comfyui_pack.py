@@ -54,6 +54,7 @@ the LoRA holds its guidance, a first frame, the other expert's LoRA.""",
 | file | what is loaded |
 |---|---|
 | FastWan, a model with `blocks.N.to_gate_compress`: the file of the model | its gates |
+| FastH3 as a whole model, in ComfyUI 0.35 or later: its file | the model's own gates |
 | FastH3 or another adapter (LoRA, `.diff`, `.diff_b`, `to_gate_compress.set_weight`) | all of it |
 
 ComfyUI's own nodes leave the gates of such files out, with a line in the log. Here a file is used
@@ -61,7 +62,7 @@ whole or refused by the names without a place. `strength` weighs an adapter and 
 Sparse Attention (gen_accel) on the same model is refused, as it would not use them; take ComfyUI's
 own Model Sparse Attention off MiniMax-H3 too. Gates read the hidden states of each block:
 TorchCompileModel does not go with them. Served are Wan and its kin, without VACE, and MiniMax-H3
-in ComfyUI 0.35 or later, not pruned.""",
+in ComfyUI 0.35 or later; an adapter needs one that is not pruned.""",
     "GenAccelPreset": """\
 A tuned file is for one model, and for one number of steps; another number is refused with the
 command that solves it again. Copy the JSON with all files of its name beside it.""",

@@ -118,7 +118,7 @@ class Published:
     Args:
         layers: LoRAs by the key of the weight.
         differences: what is added to a weight or bias, by its key.
-        gates: of VSA, by the number of the block.
+        gates: of VSA, by the number of the block; none where ComfyUI's model has them itself.
         critical: of `VSA`, by the name of the file; None if that does not tell.
     """
 
@@ -231,12 +231,17 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
     own = {name: x for name, x in tensors.items() if TRAINED.fullmatch(name)}
     if not own or any(GATE not in name for name in own):
         raise ValueError(f"{path} holds no gates of VSA: load it by ComfyUI's own nodes")
+    name = trained_method(metadata.get("finetuned_model", ""), path.name)
+    method = None if name is None else method_from(name)
+    share = method.critical if isinstance(method, VSA) else None
+    if not any(map(_is_part, tensors)) and all(_its_own(one) in keys for one in own):
+        return Published({}, {}, {}, share)
     coded = [name for name, x in own.items() if not x.is_floating_point()]
     coded += [name for name in tensors.keys() - own.keys() if GATE in name and not _is_part(name)]
     if coded:
         raise ValueError(
             f"{path} holds its gates quantised ({cut(coded[0])}): take a file that has them in "
-            "bfloat16, as FastVideo's own"
+            "bfloat16, as FastVideo's own, or for MiniMax-H3 ComfyUI 0.35, which reads them itself"
         )
     check_finite(tensors, str(path))
     parts: dict[str, dict[OriginalLayer, dict[str, Tensor]]] = defaultdict(
@@ -281,9 +286,6 @@ def load_published(source: str | Path, keys: Mapping[str, torch.Size]) -> Publis
             f"{len(tensors)} tensors, or in another size: {named(map(cut, sorted(lost)))}"
             + ("; this MiniMax-H3 is pruned: load the whole one" if pruned else "")
         )
-    name = trained_method(metadata.get("finetuned_model", ""), path.name)
-    method = None if name is None else method_from(name)
-    share = method.critical if isinstance(method, VSA) else None
     return Published(made, differences, _gates(own, path), share)
 
 
@@ -292,6 +294,11 @@ def _with_gates(names: list[str]) -> list[str]:
     if any(map(_is_part, names)):
         return names
     return [name for name in names if GATE in name or TRAINED.fullmatch(name)]
+
+
+def _its_own(name: str) -> str:
+    """Name a tensor of a model's file as ComfyUI's model does."""
+    return f"{PREFIX}.{name.removeprefix('model.').removeprefix(f'{PREFIX}.')}"
 
 
 def _is_part(name: str) -> bool:

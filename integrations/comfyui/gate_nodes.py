@@ -20,7 +20,8 @@ class LoadGatesNode:
 
     DESCRIPTION = (
         "Loads weights that were trained by VSA with gates, as FastWan and FastH3: from a model "
-        "its gates, which ComfyUI leaves out; from an adapter its LoRA and its differences too. "
+        "its gates, which ComfyUI leaves out, or has loaded; from an adapter its LoRA and its "
+        "differences too. "
         "The attention is then VSA with these gates. What has no place is refused."
     )
     CATEGORY = "gen_accel"
@@ -97,8 +98,9 @@ class LoadGatesNode:
                 )
             for x in gate.parameters():
                 x.mul_(strength)
-        blocks = {*takewhile(lambda number: key.format(number) in keys, count())}
-        if lacking := sorted(blocks - found.gates.keys()):
+        blocks = [*takewhile(lambda number: key.format(number) in keys, count())]
+        gates = found.gates or dict.fromkeys(blocks, strength)
+        if lacking := sorted({*blocks} - gates.keys()):
             raise ValueError(
                 f"{weights} lacks the gates of {len(lacking)} of the {len(blocks)} blocks of "
                 f"{class_name(inner)}, of block {lacking[0]} first: take a whole file"
@@ -119,7 +121,7 @@ class LoadGatesNode:
             end_percent=1.0,
             dense_blocks=frozenset(),
             min_tokens=0,
-            more=More(gates=found.gates),
+            more=More(gates=gates),
         )
         return (patched,)
 

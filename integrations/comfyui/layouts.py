@@ -47,6 +47,8 @@ class Layout:
         projection: name of the layer that q is projected by, with {} for the number of the block;
             None where gates have no place.
         projected: how many of q, k and v that layer gives, one after another.
+        gate: name of the layer that holds a gate where ComfyUI loads it with the model, whose own
+            forward pass leaves it out; None where there is none.
     """
 
     patch: Grid
@@ -55,6 +57,7 @@ class Layout:
     numbers_blocks: bool = True
     projection: str | None = None
     projected: int = 1
+    gate: str | None = None
 
     def grid(self, latents: tuple[int, ...]) -> Grid | None:
         """Grid in tokens of latents (B, C, T, H, W), or (B, C, H, W) of an image."""
@@ -165,6 +168,7 @@ _LAYOUTS: dict[str, Callable[[Any], Layout]] = {
         numbers_blocks=False,
         projection="blocks.{}.attn.qkv_proj",
         projected=3,
+        gate="blocks.{}.attn.to_gate_compress",
     ),
     "AsymmDiTJoint": lambda m: Layout(_image_patch(m), _first, numbers_blocks=False),
     "LTXBaseModel": lambda m: Layout((1, 1, 1), _alone, m.inner_dim, numbers_blocks=False),

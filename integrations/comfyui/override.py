@@ -98,7 +98,8 @@ class More:
     Args:
         schedule: further layers and steps that stay dense, a `gen_accel.Schedule`.
         branches: trained parameters of the method, by the number of the layer.
-        gates: trained gates of the method, by the number of the layer.
+        gates: trained gates of the method, by the number of the layer; a number is the weight of
+            the gate that the model itself has.
         extensions: `AttentionExtension`s for longer video, which hold in dense calls too.
         extra_tokens: a call with more tokens beside the video stays dense.
         verbose: whether a run is reported.
@@ -106,7 +107,7 @@ class More:
 
     schedule: Any = NEVER
     branches: Mapping[int, nn.Module] = field(default_factory=dict)
-    gates: Mapping[int, nn.Module] = field(default_factory=dict)
+    gates: Mapping[int, nn.Module | float] = field(default_factory=dict)
     extensions: tuple[Any, ...] = ()
     extra_tokens: int = 1 << 20
     verbose: bool = True
@@ -191,6 +192,7 @@ class SparseAttention:
         """Put back what the options had before a pass."""
         self.now.grid = self.now.previous = self.now.mask = None
         self.now.hidden.clear()
+        self.now.model = None
         for name in live:
             options.pop(name, None)
         options |= kept
@@ -205,7 +207,7 @@ class SparseAttention:
                 "gates read hidden states, which a compiled model does not show: take "
                 "TorchCompileModel off"
             )
-        hidden = self.now.hidden
+        hidden, self.now.model = self.now.hidden, model
         for number in self.more.gates:
             layer = model.get_submodule(str(self.layout.projection).format(number))
 
@@ -232,16 +234,22 @@ class SparseAttention:
         if gate is None:
             return None
         seen = self.now.hidden.pop(layer, None)
-        if seen is not None and seen.ndim == 2:  # MiniMax-H3 has no batches
-            seen = seen.unsqueeze(0)
-        if seen is None or seen.shape[1] != video.tokens:
+        if seen is None or seen.shape[-2] != video.tokens:
             raise ValueError(
                 f"the gate of block {layer} found no hidden states for the {video.tokens} tokens "
                 "of its attention: another node replaces this block, take it off"
             )
-        # Kept where they are, as ComfyUI knows nothing of their memory: gigabytes for FastH3.
-        held = {name: x.to(seen.device) for name, x in gate.named_parameters()}
-        out = torch.func.functional_call(gate, held, seen)
+        if isinstance(gate, nn.Module):
+            # Kept where they are, as ComfyUI knows nothing of their memory: gigabytes for FastH3.
+            held = {name: x.to(seen.device) for name, x in gate.named_parameters()}
+            out = torch.func.functional_call(gate, held, seen)
+        else:
+            assert self.now.model is not None
+            assert self.layout is not None
+            out = self.now.model.get_submodule(str(self.layout.gate).format(layer))(seen)
+            out = out if gate == 1 else out * gate
+        if out.ndim == 2:  # MiniMax-H3 has no batches
+            out = out.unsqueeze(0)
         return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
     # ComfyUI's TorchCompileModel guards nothing of transformer_options, so that a graph would hold
@@ -510,6 +518,7 @@ class _Now(threading.local):
     depth: int = 0  # of our overrides that are asked after this one
     moment: Moment = Moment()
     mask: tuple[Tensor, list[Seen] | None] | None = None
+    model: nn.Module | None = None  # that has gates
 
     def __init__(self) -> None:
         self.hidden: dict[int, Tensor] = {}  # that gates read, by the number of the block

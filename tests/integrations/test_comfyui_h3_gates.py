@@ -70,6 +70,24 @@ def test_the_attention_is_that_of_diffusers(layout, model, load):
         assert (found[i] - stays[i]).abs().max() > 1e-2
 
 
+def test_a_model_that_comfyui_loads_with_its_gates_computes_with_them(model, load):
+    network, held = h3.alike(model), gates(model)
+    for block, x in zip(network.blocks, held.values(), strict=True):
+        block.attn.to_gate_compress = nn.Linear(*x.T.shape, bias=False)
+        block.attn.to_gate_compress.weight.data.copy_(2 * x)
+    # In the file they have 8 bits, which ComfyUI alone reads.
+    name = "model.diffusion_model.blocks.{}.attn.to_gate_compress.weight"
+    file = {key: x.to(torch.int8) for key, x in gates(model, name).items()}
+    file |= {f"{key}_scale": torch.ones(32) for key in file}
+    patched = load(Weighted(network, Unpacked), file, "fasth3_pruned_int8.safetensors", 0.5)
+    assert patched.patches == {}
+    keep_trained(model, held, "FastH3")
+    given, call = h3.case("key frames")
+    with torch.no_grad(), attach(model, VSA(0.1)):
+        exact = model(**given, return_dict=False)[0][0, -320:]
+        torch.testing.assert_close(h3.called(patched, *call)[0], exact, rtol=1e-5, atol=1e-5)
+
+
 def adapter(model):
     """As FastVideo's, in diffusers' names: products in the first block and the refiner, whole
     differences in the second block, of all else, and the gates."""
