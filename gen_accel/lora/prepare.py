@@ -52,7 +52,7 @@ from gen_accel.lora.caching.preview import known_reconstruction
 from gen_accel.lora.caching.store import is_finished
 from gen_accel.lora.caching.work import Workers
 from gen_accel.lora.causal import check_chunks
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.config import CAUSAL, TrainConfig
 from gen_accel.lora.data.clips import why_clips
 from gen_accel.lora.data.finding import refuse_prompts
 from gen_accel.lora.data.report import REPORT, Report
@@ -226,6 +226,8 @@ def check_components(config: TrainConfig, *, fetch: bool = False) -> None:
     """
     config.check(fetch=fetch)
     method = method_from(config.method, config.settings)
+    if config.objective == CAUSAL:
+        config.zones.check_method(method)
     state = method.step_state()
     if state is not None and state.refuses_training:
         raise ValueError(f"method {shown(config.method)} does not train: {state.refuses_training}")

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from gen_accel.parsing import convert, example, shown, wrong_type
 from gen_accel.registry import nearest_to
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from gen_accel.method import Method
 
 Middle = Literal["none", "salient", "grid", "all"]
 MIDDLES: tuple[Middle, ...] = get_args(Middle)
@@ -57,6 +60,15 @@ class Zones:
 
     def to_dict(self) -> dict[str, int | str]:
         return asdict(self)
+
+    def check_method(self, method: "Method") -> None:
+        """Refuse, by a ValueError, a sparse method beside a middle, whose counts no kernel
+        takes."""
+        if self.middle != "none" and not method.is_dense:
+            raise ValueError(
+                f"{type(method).__name__} sees the chunks of the window and the sink alone: take "
+                "middle none, or method dense"
+            )
 
     def tokens(self, video: VideoShape) -> int:
         """Number of keys that a chunk of this grid sees once the cache is full, its own among

@@ -303,7 +303,9 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
         method = own if preset is None else method
         config.check_sampling()
     if config.stream:
-        _seen_by(config)  # refuses what does not go together
+        seen = _seen_by(config)
+        if method is not None:
+            seen.zones.check_method(method)
     if not (texts := config.texts):
         raise ValueError("no prompts: give --prompt TEXT, or --prompts FILE with one on each line")
     files = open_files(config) if config.kinds else None
@@ -363,15 +365,21 @@ def _check_weights(config: GenerateConfig, folder: Path, method: Method) -> None
 
 
 def _with_own_stream(config: GenerateConfig) -> GenerateConfig:
-    """Check the prompts, and take the embedded LoRA of the demo model where none is given, or
-    dense attention where no method is."""
+    """Check the prompts, and take the embedded LoRA of the demo model where none is given, and
+    dense attention where no method is. A sparse method has no middle unless one is asked for."""
     prompts_of(config.prompt)
-    if config.from_lora is not None or config.method is not None:
+    if config.from_lora is not None:
         return config
+    changed: dict[str, Any] = {"method": config.method or "dense"}
     embedded = Path(model_named(DEMO))
     if not config.loras and model_named(config.model) == str(embedded):
-        return config.model_copy(update={"from_lora": embedded.with_name("stream_lora")})
-    return config.model_copy(update={"method": "dense"})
+        lora = embedded.with_name("stream_lora")
+        if config.method is None:
+            return config.model_copy(update={"from_lora": lora})
+        changed["loras"] = (str(lora),)
+    if changed["method"] != "dense":
+        changed["zones"] = ("middle=none", *config.zones)  # of which the last counts
+    return config.model_copy(update=changed)
 
 
 def _seen_by(config: GenerateConfig) -> StreamSettings:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.attachment import one_generation
+from gen_accel.attention_processors.attached.attachment import attachments_of, one_generation
 from gen_accel.attention_processors.attached.recipe import Recipe, recipes_of
 from gen_accel.attention_processors.families.decoders import is_causal
 from gen_accel.attention_processors.families.pipelines import choose
@@ -199,6 +199,8 @@ class Streamer:
             raise ValueError(f"a prompt holds from frame {late}, and the video has {clip.frames}")
         one = clip.model_copy(update={"frames": 1 + (latents - 1) * factor})
         self.grid = token_grid(pipe, one)  # refuses sizes that the model would round
+        for owner in attachments_of(transformer):
+            settings.zones.check_method(owner.method)
         self.levels = self._levels()
         self._given, self._attention = attention, attention
         self._texts: dict[str, dict[str, Tensor]] = {}

@@ -342,10 +342,7 @@ def attended(
                 logs = F.pad(seen.logs, (0, own.keys.shape[2])).to(q.dtype)[None, None, None]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=logs, scale=scale)
     if history.pooled:
-        raise ValueError(
-            f"{type(attend.layer.method).__name__} sees the chunks of the window and the sink "
-            "alone: take middle none, or method dense"
-        )
+        history.zones.check_method(attend.layer.method)
     if seen is None:
         return attend(q, own.keys, own.values, video)
     grid = replace(video, frames=video.frames * (history.exact + 1))

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -18,9 +19,10 @@ import gen_accel
 from gen_accel import Piecewise, Schedule
 from gen_accel.lora.artefact import add_lora
 from gen_accel.measure.video_io import count_frames, encode, finish, read_about, read_video
-from gen_accel.pipelines.generation.config import Clip, prompts_of
+from gen_accel.pipelines.generation.config import Clip, GenerateConfig, prompts_of
 from gen_accel.pipelines.generation.decode import decode_stream
 from gen_accel.pipelines.generation.generate import generate
+from gen_accel.pipelines.generation.plan import plan_of
 from gen_accel.pipelines.generation.stream import (
     Lengths,
     NotTrained,
@@ -222,6 +224,17 @@ class TestSettings:
             streamer(wan.pipeline(transformer=wan.PIPELINES["image"]().transformer))
         with pytest.raises(ValueError, match="needs a control video"):
             streamer(wan.PIPELINES["control"]())
+
+    def test_a_sparse_method_goes_without_a_middle(self, pipe):
+        words = "Piecewise sees the chunks of the window and the sink alone"
+        with gen_accel.attach(pipe, Piecewise(0.5)), pytest.raises(ValueError, match=words):
+            streamer(pipe)
+        given = {"model": "demo", "prompt": ("a red circle moves left",), "stream": True}
+        plan = plan_of(GenerateConfig(**given, method="piecewise"))
+        assert plan.config.zones == ("middle=none",)
+        assert [Path(one).name for one in plan.config.loras] == ["stream_lora"]
+        with pytest.raises(ValueError, match=words):
+            plan_of(GenerateConfig(**given, method="piecewise", zones=("middle=grid",)))
 
     def test_autoencoders_that_see_later_latents_are_refused(self, pipe, monkeypatch):
         monkeypatch.setattr(pipe, "vae", torch.nn.Identity())
