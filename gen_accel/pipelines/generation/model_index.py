@@ -264,7 +264,7 @@ def skeleton(model: str | Path) -> "DiffusionPipeline":
         found = part_class(kind, name)
         if not issubclass(found, nn.Module) and hasattr(found, "from_config"):
             file = f"{name}/{found.config_name}"
-            path = folder / file if folder.exists() else fetched(str(model), file)
+            path = folder / file if folder.exists() else fetched(location_of(model), file)
             given[name] = found.from_config(read_fields(path))
     for name in TRANSFORMERS:
         if given.get(name) is not None:  # beside which `gen_accel.json` may lie

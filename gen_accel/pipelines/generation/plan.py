@@ -699,7 +699,10 @@ def forecast_generate(
         for name, parameter in inspect.signature(kind.__call__).parameters.items()
         if isinstance(parameter.default, int | float)
     }
-    frames, height, width, steps = whole_run(config.model, config)
+    begins = None
+    if plan.files is not None and plan.files.video is None:
+        begins = plan.files.source.height, plan.files.source.width
+    frames, height, width, steps = whole_run(config.model, config, begins)
     method, schedule = plan.method, plan.schedule
     if plan.preset is not None:
         call = _call_of(frames, height, width, config.steps)

@@ -27,17 +27,19 @@ def known_run(model: str | Path) -> RunSize | None:
     return RUNS[row.published] if row is not None and row.published else None
 
 
-def usual_run(model: str | Path) -> dict[str, int]:
+def usual_run(model: str | Path, picture: tuple[int, int] | None = None) -> dict[str, int]:
     """Return what a model is run with where nothing is said, by the fields of `RunSize`: as
     `known_run`, or by the defaults of its pipeline's call, as far as that has any, or by its own
     rule for a picture of 16:9.
 
     Args:
         model: as `subject_of` takes it, by name or folder.
+        picture: height and width of one that a video begins with, which such a rule is asked for.
 
-    Raises as `index_of`, for a model that is not known by name.
+    Raises as `index_of`, for a model that is not known by name, and with a picture for all.
     """
-    if (known := known_run(model)) is not None:
+    known, names = known_run(model), ("height", "width")
+    if known is not None and picture is None:
         return known._asdict()
     folder, found = folder_of(model), dict(RunSize._field_defaults)
     if folder.is_dir() and index_in(folder) is None:  # a transformer alone
@@ -47,13 +49,15 @@ def usual_run(model: str | Path) -> dict[str, int]:
     family = family_named(served_classes()[kind]) if kind in served_classes() else None
     frames = "num_frames" if family is None else family.generation.frames_argument
     call = inspect.signature(pipeline_class(index["_class_name"]).__call__).parameters
-    names = {name: name for name in ("height", "width")}
-    for name, argument in {"frames": frames, **names, "steps": "num_inference_steps"}.items():
+    arguments = {"frames": frames, **{n: n for n in names}, "steps": "num_inference_steps"}
+    for name, argument in arguments.items():
         if argument in call and isinstance(call[argument].default, int):
             found[name] = call[argument].default
+    if known is not None:
+        found = known._asdict()
     row = takes(index["_class_name"])
-    if row is not None and callable(row.size) and not names.keys() <= found.keys():
-        found |= zip(names, row.size(skeleton(model), 9, 16), strict=True)
+    if row is not None and callable(row.size) and (picture or not found.keys() >= {*names}):
+        found |= zip(names, row.size(skeleton(model), *(picture or (9, 16))), strict=True)
     return found
 
 
@@ -92,14 +96,14 @@ def asked_run(clip: object) -> dict[str, int]:
     return {name: size for name, size in asked.items() if size is not None}
 
 
-def whole_run(model: str | Path, clip: object) -> RunSize:
+def whole_run(model: str | Path, clip: object, picture: tuple[int, int] | None = None) -> RunSize:
     """Return what a model is run with: as `clip` asks, or else by `usual_run`; raises ValueError
     for a size that neither says."""
     found = asked_run(clip)
     if (seconds := getattr(clip, "seconds", None)) is not None:
         found["frames"] = frames_in(model, seconds, getattr(clip, "fps", None))
     if len(found) < len(RunSize._fields):
-        found = {**usual_run(model), **found}
+        found = {**usual_run(model, picture), **found}
     if lacking := ", ".join(f"--{name}" for name in RunSize._fields if name not in found):
         raise ValueError(f"give {lacking}: {model} has no default")
     return RunSize(**found)

@@ -20,7 +20,7 @@ from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.loading import Loading, load, needed_parts
 from gen_accel.pipelines.generation.model_index import index_of, pipeline_class, skeleton
 from gen_accel.pipelines.generation.of_blocks import CalledBlocks, is_of_blocks
-from gen_accel.pipelines.generation.run_size import usual_run
+from gen_accel.pipelines.generation.run_size import usual_run, whole_run
 from gen_accel.pipelines.generation.sampling import Clip, default_of, filled, parameters
 from gen_accel.ui.worker import WorkerProcess, arguments
 
@@ -216,6 +216,7 @@ def test_sizes_are_the_models_own(h3):
     assert default_of(pipe, "frames") == FRAMES
     made = usual_run(h3)  # what the blocks make without a picture, at their own canvas
     assert (made["frames"], made["height"], made["width"]) == (FRAMES, 64, 96)
+    assert whole_run(h3, Clip(), (90, 60))[:3] == (FRAMES, 96, 64)
     assert filled(pipe, Clip()).fps == 24
     with pytest.raises(
         ValueError, match="makes 24 frames a second, with sound that lasts as long"
