@@ -9,6 +9,8 @@ from pathlib import Path
 from gen_accel.paths import check_names, expanded
 
 DONE = ".done.json"  # suffix of an output's record
+# Suffix of the folder of a stream; in it the film, until it is whole, and what decides the chunks.
+CHUNKS, FILM, ABOUT = ".stream", "film.mp4", "stream.json"
 
 Named = Mapping[str, Sequence[Path]]  # paths by the option that names them
 

@@ -23,7 +23,7 @@ from gradio.utils import get_upload_folder
 from gen_accel.io import plain
 from gen_accel.pipelines.generation.progress import PERCENT
 from gen_accel.ui.files import Places
-from gen_accel.ui.queue import DONE, RUNNING, WAITING, Outlook, Queue, QueuedJob
+from gen_accel.ui.queue import DONE, RUNNING, WAITING, Outlook, Queue, QueuedJob, film_of
 from gen_accel.ui.worker import Questions, Values, line_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,23 @@ element.addEventListener('click', (event) => {
   trigger('click', {act: button.dataset.act, job: button.dataset.job});
   if (['show', 'open'].includes(button.dataset.act)) window.scrollTo({top: 0});
 });
+"""
+
+
+# Plays a film that grows, and goes on where it ended: a browser reads no more than there was when
+# it asked.
+GROWS = """
+const goOn = (event) => {
+  const film = event.target, at = film.currentTime;
+  if (!film.dataset.growing) return;
+  if (event.type === 'loadeddata') return film.play().catch(() => {});
+  setTimeout(() => {
+    if (!film.isConnected) return;
+    film.src = `${film.dataset.growing}?${Date.now()}`;
+    film.currentTime = at;
+  }, 1000);
+};
+for (const name of ['loadeddata', 'ended', 'error']) element.addEventListener(name, goOn, true);
 """
 
 
@@ -154,6 +171,17 @@ class Page:
         picture = next((file for file in files if file.match("*.preview.png")), None)
         return "" if picture is None else self.url(job, picture)
 
+    def so_far(self, job: QueuedJob) -> str:
+        """Show what there is so far of a video; "" for nothing. The film of a stream plays while
+        it grows, and stays where the stream was stopped."""
+        file = film_of(self.queue.place(job))
+        if job.state == DONE or file is None or not file.is_file():
+            return html("image", self.preview(job), "what there is so far")
+        if job.state != RUNNING:
+            return html("video", self.url(job, file), "what was made")
+        address = self.url(job, file).partition("?")[0]  # one, so that it stays on the page
+        return html("growing", address, "what there is so far")
+
     def last(self, kind: str, tab: str) -> QueuedJob | None:
         """Find the last job of a kind that came from a tab of a browser; None for none."""
         jobs = (one for one in reversed(self.queue.jobs()) if one.kind == kind and one.tab == tab)
@@ -218,20 +246,20 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
         status = gr.HTML(elem_id=f"{prefix}-progress")
         about: Values = {"variant": "stop", "size": "sm", "scale": 0, "min_width": 80}
         stop = gr.Button("Stop", elem_id=f"{prefix}-stop", visible=False, **about)
-    preview = gr.HTML(elem_id=f"{prefix}-so-far")
+    preview = gr.HTML(elem_id=f"{prefix}-so-far", js_on_load=GROWS)
 
     def look(held: Held) -> Held:
         one, before = page.find(held[job]), held[seen]
         if one is None:  # none is shown, or it was removed
             nothing: Held = {status: "", preview: "", stop: gr.update(visible=False), seen: ""}
             return nothing if before else {seen: gr.skip()}
-        address = page.preview(one)
+        so_far = page.so_far(one)
         ahead = page.queue.outlook().get(one.id, Outlook())
-        now = f"{one.id} {one.state} {one.progress} {ahead.before} {address}"
+        now = f"{one.id} {one.state} {one.progress} {ahead.before} {so_far}"
         if now == before:
             return {seen: gr.skip()}
         shown: Held = {status: progress_box(one, ahead), seen: now}
-        shown |= {preview: html("image", address, "what there is so far")}
+        shown |= {preview: so_far}  # the same text leaves a film as it plays
         shown |= {stop: gr.update(visible=one.is_live)}
         if one.is_live:
             return {**shown, ended: ""}

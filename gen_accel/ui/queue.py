@@ -23,6 +23,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.io import clear_partial, write_json
+from gen_accel.outputs import ABOUT, CHUNKS, FILM
 from gen_accel.parsing import fits, is_whole, shown, written_type
 from gen_accel.pipelines.generation.progress import Update
 from gen_accel.process import locked, taken
@@ -282,7 +283,8 @@ class Queue:
     def again(self, name: str, *, tab: str = "") -> QueuedJob:
         """Queue a job once more, with the same options in a folder of its own.
 
-        A training goes on at its newest checkpoint if it has one.
+        A training goes on at its newest checkpoint if it has one, and a stream after the chunks
+        that are there.
         """
         job = self.job(name)
         with self._new_folder() as place:
@@ -292,6 +294,12 @@ class Queue:
             options = {key: _moved(x, str(old), str(place)) for key, x in job.options.items()}
             if job.verb == "train":
                 options["resume"] = _has_checkpoint(job)
+            if (film := film_of(old)) is not None:
+                chunks = film.parent
+                shutil.copytree(
+                    chunks, place / chunks.name, ignore=shutil.ignore_patterns(film.name)
+                )
+                options["resume"] = True
             about = job.title, tab or job.tab, job.kind, job.about
             return self._add(QueuedJob(place.name, job.verb, options, *about))
 
@@ -518,11 +526,14 @@ class Queue:
         self._changed.notify_all()
 
     def _clear(self, job: QueuedJob) -> None:
-        """Remove what a job made: all in its folder but its record and what it was given."""
+        """Remove what a job made: all in its folder but its record, what it was given, and what a
+        stream goes on from."""
         with suppress(OSError):  # files that stay harm no other job
             clear_partial(self.place(job))
+            film = film_of(self.place(job))
+            kept = (RECORD, GIVEN, *(() if film is None else (film.parent.name,)))
             for left in self.place(job).iterdir():
-                if left.name not in (RECORD, GIVEN):
+                if left.name not in kept:
                     _remove(left)
 
     def _kill(self, name: str) -> None:
@@ -585,6 +596,13 @@ def _has_checkpoint(job: QueuedJob) -> bool:
 
     out = job.about.get("out") or job.options.get("out")
     return bool(isinstance(out, str) and checkpoint.found(Path(out) / CHECKPOINTS))
+
+
+def film_of(place: Path) -> Path | None:
+    """Return the film of the stream in the folder of a job, a file until the stream is whole; None
+    if there is no stream to go on with."""
+    found = next(place.glob(f"*{CHUNKS}/{ABOUT}"), None)
+    return None if found is None else found.with_name(FILM)
 
 
 def _moved(value: object, old: str, new: str) -> object:

@@ -2,6 +2,7 @@
 
 steps 4        as many steps, a file at --out before the first and the video after the last
 film PATH      a copy of it at --out
+stream 4       a chunk, and a film that lasts until it goes on by --resume
 fail WORDS     ends with that error
 die, end       is killed by SIGKILL or SIGTERM in the middle of a step
 ignore         does not end when it is stopped
@@ -74,6 +75,12 @@ def run(arguments):
         case "film":
             out.write_bytes(Path(rest).read_bytes())
             return 0, None, "made"
+        case "stream":
+            chunks = out.with_suffix(".stream")
+            chunks.mkdir(exist_ok=True)
+            for name in ("stream.json", "film.mp4", "chunk-00000.safetensors"):
+                (chunks / name).write_bytes(b"{}")
+            what = "steps" if "--resume" in arguments else "wait"
         case "ignore":
             while True:
                 signal.pause()

@@ -2,6 +2,8 @@
 
 import pytest
 
+from gen_accel.measure.video_io import count_frames
+
 pytestmark = pytest.mark.nightly
 
 PROMPT = "a blue circle moves left"
@@ -86,3 +88,35 @@ def test_stop_ends_it_and_leaves_no_file(browser_page, web_page):
     browser_page.wait_for_selector("#gen-progress .ga-stopped")
     assert [one.name for one in queue.place(job).iterdir()] == ["job.json"]
     assert before < 500
+
+
+def test_a_stream_plays_while_it_grows_and_goes_on(browser_page, web_page):
+    """Past what was there when the browser asked for it first; stopped, it stays."""
+    browser_page.click("#gen-advanced > button")
+    browser_page.click("#gen-longer-fold > button")
+    browser_page.locator("#gen-stream input").check()
+    small(browser_page, frames=261, width=96, height=96)
+    browser_page.wait_for_selector("#gen-plan >> text=frames a second")
+    browser_page.click("#gen-run")
+    film = "document.querySelector('#gen-so-far video[data-growing]')"
+    browser_page.wait_for_selector("#gen-so-far video[data-growing]", state="attached")
+    browser_page.wait_for_function(f"{film}.currentTime > 0")
+    browser_page.wait_for_function(f"{film}.src.includes('?')")  # asked for once more
+    browser_page.wait_for_function(f"{film}.currentTime > 2")
+    queue = web_page.server.queue
+    job = queue.jobs()[-1].id
+    browser_page.click("#gen-stop")
+    assert queue.wait(job, 180).state == "stopped"
+    browser_page.wait_for_selector("#gen-so-far video:not([data-growing])")
+    left = count_frames(queue.place(job) / "video.stream" / "film.mp4")
+    assert 12 < left < 261
+    browser_page.wait_for_function("document.querySelector('#gen-so-far video').duration > 0.5")
+
+    again = queue.again(job)
+    assert again.options["resume"] is True
+    made = len([*(queue.place(again) / "video.stream").glob("chunk-*")])
+    assert made >= left // 12
+    done = queue.wait(again.id, 180)
+    assert done.state == "done", done
+    assert count_frames(queue.place(again) / "video.mp4") == 261
+    assert len([*(queue.place(again) / "video.stream").glob("chunk-*")]) == 22

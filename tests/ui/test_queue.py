@@ -27,6 +27,7 @@ from gen_accel.ui.queue import (
     STOPPED,
     WAITING,
     Queue,
+    film_of,
 )
 from gen_accel.ui.worker import LONG, WorkerProcess
 
@@ -183,6 +184,29 @@ def held_back(queue, monkeypatch):
 
     monkeypatch.setattr(queue.worker, "run", later)
     return go_on
+
+
+def test_a_stream_that_is_stopped_keeps_its_chunks_and_goes_on(opened):
+    queue = opened()
+    name = submit(queue, "stream 2", kind="generate")
+    running(queue, name)
+    queue.cancel(name)
+    job = ended(queue, name)
+    assert job.state == STOPPED
+    kept = {file.name for file in queue.files(job)}
+    assert kept == {"stream.json", "film.mp4", "chunk-00000.safetensors"}
+    film = film_of(queue.place(job))
+    assert film is not None
+    assert film.is_file()
+
+    new = queue.again(name)
+    assert new.options["resume"] is True
+    chunks = queue.place(new) / film.parent.name
+    assert (chunks / "chunk-00000.safetensors").is_file()
+    assert ended(queue, new.id).state == DONE
+    other = submit(queue, "steps 1")
+    assert ended(queue, other).state == DONE
+    assert "resume" not in queue.again(other).options
 
 
 def test_one_that_is_stopped_before_the_worker_has_it_does_not_run(opened, monkeypatch):

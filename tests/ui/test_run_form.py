@@ -219,3 +219,37 @@ def test_the_line_below_the_form_tells_what_the_press_costs(tokens, about, said)
     line = generate.plan_line({**PLAN, "tokens": tokens}, **about)
     facts = [re.sub("<.*?>", "", x) for x in line.split("<span>")[2:-1]]
     assert " ".join(facts) == said
+
+
+def test_a_stream_goes_without_what_the_page_begins_with(made):
+    form, page = made("demo", many=True, start={"preview": 2})
+    held = entered(form, page, stream=True, zones="window=3", prompt="a red circle\n30: a square")
+    assert form.asked(held)[0] == {
+        "model": "demo",
+        "prompt": ["a red circle", "30: a square"],
+        "stream": True,
+        "zones": "window=3",
+    }
+    assert "stream" not in made("demo")[0].parts  # of Compare and Longer
+    line = generate.stream_line(
+        {
+            "frames": 1000,
+            "frames_per_chunk": 12,
+            "frames_per_second": [5.0, 10.0],
+            "fps": 16.0,
+            "seconds": {"chunk": [1.2, 2.4], "frame": [0.1, 0.2]},
+            "peak_bytes": [4e9, 5e9],
+            "fits": False,
+            "device": "a card",
+            "keys": 32_760,
+        }
+    )
+    shown = re.sub(r"\s*<[^>]*>\s*", " ", line)
+    for words in (
+        "1,000 frames, 12 a chunk",
+        "5 to 10 frames a second, plays at 16",
+        "2 min to 3 min",
+        "5 GB, constant",
+        "does not fit",
+    ):
+        assert words in shown, shown

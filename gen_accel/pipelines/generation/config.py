@@ -13,7 +13,7 @@ from gen_accel.config import Config, Outputs, Words, check_text, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, file_in, parted
 from gen_accel.io import plain, read_fields, read_text
 from gen_accel.memory import check_room
-from gen_accel.outputs import comparison_files, free_name, numbered, preview_of, record_of
+from gen_accel.outputs import CHUNKS, comparison_files, free_name, numbered, preview_of, record_of
 from gen_accel.parsing import shown
 from gen_accel.paths import (
     adapter_named,
@@ -730,7 +730,7 @@ class GenerateConfig(
         if self.is_list:
             found["record"] = record_of(target)
         if self.stream:
-            found["chunks"] = target.with_suffix(".stream")
+            found["chunks"] = target.with_suffix(CHUNKS)
         if self.preview is not None:
             found["preview"] = preview_of(target)
         return found

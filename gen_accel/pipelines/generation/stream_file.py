@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gen_accel.io import read_fields, replacing, save_tensors, write_json
 from gen_accel.measure.video_io import count_frames, encode, finish
+from gen_accel.outputs import ABOUT, FILM
 from gen_accel.parsing import shown
 from gen_accel.pipelines.generation.decode import load_latents
 from gen_accel.pipelines.generation.progress import Progress
@@ -25,8 +26,6 @@ from gen_accel.process import locked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-FILM, ABOUT = "film.mp4", "stream.json"
 
 
 class StreamFolder:

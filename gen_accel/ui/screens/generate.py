@@ -78,8 +78,9 @@ INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
 # Fields of several videos, and those that a screen gives by itself.
 ELSEWHERE = (
     *("model", "out", "prompts", "overwrite", "save_latents", "settings", "from_latents"),
-    *("ray", "ray_workers", "compare", "timed", "metrics", "lora", "stream", "resume", "zones"),
+    *("ray", "ray_workers", "compare", "timed", "metrics", "lora", "resume"),
 )
+WHOLE = ("preset", "preview")  # which this page begins with, and a stream goes without
 # Fields of a clip whose default is the model's own, as a plan calls them.
 PLANNED = {"frames": "num_frames", "height": "height", "width": "width", "steps": "steps"}
 NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview")  # of no matter for the cost
@@ -167,7 +168,7 @@ class RunForm(Form):
             self.add(name, **({"choices": []} if name == "from_lora" else {}))
         self.line = gr.HTML(elem_id=f"{prefix}-plan")
         with gr.Accordion("Advanced", open=False, elem_id=f"{prefix}-advanced"):
-            self.rest((*ELSEWHERE, "seconds"))
+            self.rest((*ELSEWHERE, "seconds", *(() if many else ("stream", "zones"))))
             with gr.Accordion("Settings of an earlier clip", open=False):
                 self.earlier = gr.File(
                     label="A clip that was made here or on the command line",
@@ -188,10 +189,13 @@ class RunForm(Form):
         found = {"model": (held[self.model] or "").strip(), **self.given(held)}
         if loras := self.loras.texts(held):
             found["lora"] = loras
-        if "prompt" in found:  # one, on however many lines
+        if "prompt" in found and "stream" not in found:  # one, on however many lines
             found["prompt"] = [" ".join(found["prompt"])]
         files = {name: found.pop(name) for name in [*found] if self.fields[name].accept}
-        return self.attention.applied(found, held), files
+        found = self.attention.applied(found, held)
+        if "stream" in found:  # as --stream runs
+            found = {name: one for name, one in found.items() if name not in WHOLE}
+        return found, files
 
     def planned(self, options: Options, files: Options) -> Values:
         """Forecast a run, as `gen-accel generate --plan` does.
@@ -303,6 +307,8 @@ class RunForm(Form):
                 found = self.planned(options, files)
             except (ValueError, OSError) as error:
                 return {self.line: html("why", str(error)), self.small: ""}
+            if "stream" in options:
+                return {self.line: stream_line(found), self.small: ""}
             shown = found | {"seconds": lasting(found)}
             own = {
                 part: gr.update(placeholder=str(shown[name]))
@@ -465,6 +471,20 @@ def plan_line(found: Options, *, is_dense: bool = False, compares: bool = False)
         advice = f"offload {mode} fits" if mode else "ask for fewer frames or pixels"
         wrong = f"does not fit into {memory / 1e9:.0f} GB: {advice}"
     return html("plan", facts, f"on {found['device']}, {found['tokens']:,} tokens", wrong)
+
+
+def stream_line(found: Options) -> str:
+    """Say what `--plan --json` forecasts of a stream: its length, speed, seconds and memory."""
+    (low, high), frames = found["frames_per_second"], found["frames"] or found["frames_per_chunk"]
+    first, last = (duration(frames * one) for one in found["seconds"]["frame"])
+    facts = {
+        "stream": f"{frames:,} frames, {found['frames_per_chunk']} a chunk",
+        "speed": f"{low:.2g} to {high:.2g} frames a second, plays at {found['fps']:g}",
+        "time": first if first == last else f"{first} to {last}",
+        "memory": f"{found['peak_bytes'][1] / 1e9:.2g} GB, constant",
+    }
+    wrong = "does not fit into the memory" if found["fits"] is False else ""
+    return html("plan", facts, f"on {found['device']}, {found['keys']:,} keys", wrong)
 
 
 def title_of(options: Options) -> str:
