@@ -37,6 +37,7 @@ from gen_accel.ui.queue import (
     Outlook,
     Queue,
     QueuedJob,
+    film_of,
 )
 from gen_accel.ui.request import BadRequest, Intake, VideoRequest
 from gen_accel.ui.thumbnails import sheet, still
@@ -292,8 +293,9 @@ def add_files(app: FastAPI, queue: Queue) -> None:
     """Serve the files that a job made at `/jobs/ID/NAME`, reports and films of trainings at
     `/trainings/PATH`, and no others.
 
-    The preview of a job whose end removed it is empty, not an error: a page may ask meanwhile. A
-    link that leads elsewhere is not followed. `Guard` adds what keeps them from running.
+    The preview of a job whose end removed it is empty, not an error: a page may ask meanwhile; so
+    is the film of a stream that is whole. A link that leads elsewhere is not followed. `Guard`
+    adds what keeps them from running.
     """
 
     @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
@@ -303,7 +305,8 @@ def add_files(app: FastAPI, queue: Queue) -> None:
             path = (queue.place(found) / name).resolve()
             if path in queue.files(found):
                 return answer(path, download)
-            if path == preview_of(Path(str(found.options.get("out")))):
+            gone = preview_of(Path(str(found.options.get("out"))))
+            if path == gone or path == film_of(queue.place(found)):
                 return Response(status_code=204)  # a page has not heard of the end yet
         raise HTTPException(404, "there is no such file")
 

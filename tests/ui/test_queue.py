@@ -12,9 +12,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support.fake_worker import COMMAND
 
+from gen_accel.ui.api import add_files
 from gen_accel.ui.app import Server
 from gen_accel.ui.files import Places
 from gen_accel.ui.queue import (
@@ -199,11 +201,19 @@ def test_a_stream_that_is_stopped_keeps_its_chunks_and_goes_on(opened):
     assert film is not None
     assert film.is_file()
 
+    app = FastAPI()
+    add_files(app, queue)
+    client, address = TestClient(app), f"/jobs/{name}/{film.parent.name}"
+    assert client.get(f"{address}/{film.name}").content == b"{}"
+
     new = queue.again(name)
     assert new.options["resume"] is True
     chunks = queue.place(new) / film.parent.name
     assert (chunks / "chunk-00000.safetensors").is_file()
     assert ended(queue, new.id).state == DONE
+    film.unlink()  # as at the end of one that is whole
+    answers = [client.get(f"{address}/{one}").status_code for one in (film.name, "other.mp4")]
+    assert answers == [204, 404]
     other = submit(queue, "steps 1")
     assert ended(queue, other).state == DONE
     assert "resume" not in queue.again(other).options
