@@ -93,7 +93,9 @@ class Database:
         mode = "rwc" if writes else "rw" if all(os.access(p, os.W_OK) for p in paths) else "ro"
         with self._used():
             address = f"{self._path.absolute().as_uri()}?mode={mode}"
-            self._db = sqlite3.connect(address, PATIENCE, uri=True, check_same_thread=False)
+            self._db = sqlite3.connect(
+                address, timeout=PATIENCE, uri=True, check_same_thread=False
+            )
             [version] = self._db.execute("PRAGMA user_version").fetchone()
             if version == 0 and writes:
                 self._db.executescript(SCHEMA)
