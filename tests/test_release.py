@@ -170,7 +170,7 @@ class TestTag:
 def holders() -> dict[str, set[str]]:
     """Files that hold the repository's address, and the addresses in each."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.cff"), *ROOT.glob("*.yml")]
-    files += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*"), ROOT / "Dockerfile"]
+    files += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("notebooks/*.*"), ROOT / "Dockerfile"]
     files += [*WORKFLOWS.values()]
     files += [*ROOT.glob("integrations/**/*.md"), *ROOT.glob("integrations/**/*.toml")]
     found = {

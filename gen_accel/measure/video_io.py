@@ -573,7 +573,7 @@ class FilmStream:
             matrix = ":ispace=bt2020nc" if frame.colorspace == UNKNOWN else ""
             yield "colorspace", f"all=bt709:iprimaries=bt2020:itrc=bt2020-10{matrix}"
             tell("colours of BT.2020, converted to BT.709")
-        shape = self.stream.sample_aspect_ratio or Fraction(1)
+        shape: Any = self.stream.sample_aspect_ratio or Fraction(1)
         if abs(shape - 1) >= LEAST_STRETCH:
             said = f"its pixels are {shape.numerator}:{shape.denominator}"
             if not 1 / MOST_STRETCH <= shape <= MOST_STRETCH:

@@ -219,7 +219,7 @@ def test_each_option_of_generate_has_a_control_or_another_place(tmp_path):
     """A new field of the config needs no line here."""
     given = {"models": ("demo",), "questions": None, "places": Places(tmp_path)}
     with gradio.Blocks(), gradio.Tab():
-        form = RunForm(SimpleNamespace(tab=gradio.Textbox(), **given), "my", start={})
+        form = RunForm(SimpleNamespace(tab=gradio.Textbox(), **given), "my", start={}, many=True)
     assert {*form.parts, *ELSEWHERE} == {*GenerateConfig.options()}
     assert not {*form.parts} & {*ELSEWHERE}
 
