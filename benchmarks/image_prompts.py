@@ -294,10 +294,9 @@ def table(report: dict[str, Any]) -> list[str]:
         step, share = report["timed"]["seconds_a_step"], report["timed"]["of_without"]
         rows += [
             "",
-            f"On {machine(report['environment'])}, a step took {step['without']:.3f} s without an "
-            f"image prompt, {step['cached']:.3f} s ({share['cached']:.3f}x) with one, and "
-            f"{step['anew']:.3f} s ({share['anew']:.3f}x) where the image is encoded again each "
-            "step.",
+            f"On {machine(report['environment'])}: a step took {step['without']:.3f} s without an "
+            f"image prompt, and {step['cached']:.3f} s ({share['cached']:.3f}x) with one. Encoded "
+            f"again each step, {step['anew']:.3f} s ({share['anew']:.3f}x).",
         ]
     return rows
 

@@ -94,9 +94,10 @@ def cached_index(repository: str) -> Path | None:
 
 def _check_no_weights(model: str) -> None:
     path = expanded(model)
-    if path.is_file():
-        check_no_pickle(path)
-    if path.suffix in WEIGHTS and path.is_file():
+    if not path.is_file():
+        return
+    check_no_pickle(path)
+    if path.suffix in WEIGHTS:
         raise ValueError(
             f"{model} is a file of weights: make a model of it and of the files of its other "
             f"parts by `gen-accel assemble {path.name} ... --out DIR`, once, and give DIR"

@@ -48,12 +48,11 @@ def table() -> list[str]:
         "3.0x: three times as fast as dense attention or a dense step, timed in turns; an empty "
         f"cell was not timed. From {files}.",
         "",
-        f"**Nearness to dense is not quality.** Of {score['clips']} clips of fresh prompts and "
-        f"{clips['frames']} frames the demo [with its "
-        f"LoRA](docs/longer_videos.md#on-the-demo-model) gets {score['dense']} right dense, "
-        f"{score['sparse']} through `Piecewise(0.2)` and "
-        f"{score['both']} both times, with a PSNR of "
-        f"{score['psnr_worst_db']} to {score['psnr_best_db']} dB to one another.",
+        "**Nearness to dense is not quality.** The demo [with its "
+        f"LoRA](docs/longer_videos.md#on-the-demo-model) made {score['clips']} clips of fresh "
+        f"prompts and {clips['frames']} frames. Dense {score['dense']} are right, through "
+        f"`Piecewise(0.2)` {score['sparse']}, and {score['both']} both times. Their PSNR to one "
+        f"another is {score['psnr_worst_db']} to {score['psnr_best_db']} dB.",
         "",
     ]
 

@@ -13,7 +13,7 @@ from gen_accel.pipelines.generation.config import (
     LONGEST,
     SCHEDULE,
     MethodConfig,
-    Seen,
+    ZonesConfig,
     check_length,
 )
 from gen_accel.registry import Quantised, check_loading
@@ -69,7 +69,7 @@ class RunConfig(Config):
     )
 
 
-class EstimateConfig(FiguresConfig, Seen, MethodConfig, RunConfig):
+class EstimateConfig(FiguresConfig, ZonesConfig, MethodConfig, RunConfig):
     """A run whose cost is estimated."""
 
     VERB = "estimate"
@@ -132,8 +132,7 @@ class EstimateConfig(FiguresConfig, Seen, MethodConfig, RunConfig):
         for name in given if self.stream else ():
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} is of a whole clip, got --stream too: leave one out")
-        if self.zones and not self.stream:
-            raise ValueError("--zones is of a stream: add --stream")
+        self.check_zones(stream=self.stream)
         if self.gpu is not None:
             from gen_accel.measure.cost.figures import card_named
 

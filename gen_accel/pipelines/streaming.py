@@ -55,11 +55,9 @@ def stream(
         from gen_accel.pipelines.generation.config import Clip
         from gen_accel.pipelines.generation.stream import Streamer, StreamSettings, stream_clip
 
-    if zones is None or noise is None:
-        own = StreamSettings.of_pipe(pipe)
-        zones, noise = zones or own.zones, own.noise if noise is None else noise
-        settings = StreamSettings(zones, noise, own.shift)
-    else:
-        settings = StreamSettings(zones, noise)
+    is_told = zones is not None and noise is not None
+    own = StreamSettings() if is_told else StreamSettings.of_pipe(pipe)
+    noise = own.noise if noise is None else noise
+    settings = StreamSettings(zones or own.zones, noise, own.shift)
     clip = stream_clip(pipe, Clip(frames=frames, **fields))
     return Streamer(pipe, clip, settings, prompt).frames(earlier, kept)

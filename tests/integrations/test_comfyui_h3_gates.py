@@ -31,7 +31,7 @@ def drawn(*shape, seed=0):
 
 
 def gates(model, name="transformer_blocks.{}.attn.to_gate_compress.set_weight"):
-    """As FastVideo's adapter names them."""
+    """Name layers as FastVideo's adapter does."""
     shape = model.transformer_blocks[0].attn.to_q.weight.shape
     return {name.format(i): drawn(*shape, seed=i) for i in range(len(model.transformer_blocks))}
 
@@ -89,8 +89,8 @@ def test_a_model_that_comfyui_loads_with_its_gates_computes_with_them(model, loa
 
 
 def adapter(model):
-    """As FastVideo's, in diffusers' names: products in the first block and the refiner, whole
-    differences in the second block, of all else, and the gates."""
+    """Make FastVideo's kind, in diffusers' names: products in the first block and the refiner,
+    whole differences in the second block, of all else, and the gates."""
     held = gates(model)
     for seed, (name, layer) in enumerate(model.named_modules()):
         if isinstance(layer, nn.Linear) and re.match(r"(transformer|.*refiner)_blocks\.0", name):

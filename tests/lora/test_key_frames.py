@@ -149,7 +149,7 @@ def test_the_model_is_called_as_by_its_pipeline(pipe, caches, tmp_path, shown):
 
 
 def test_the_loss_is_of_what_is_generated(pipe, caches, tmp_path):
-    """Of all latents of video and sound, and of no key frame."""
+    """Gradients reach all latents of video and sound, and no key frame."""
     latents = caches["last_frame"]
     batch: Any = batch_of(pipe, latents, tmp_path, (True, True))
     g = torch.Generator().manual_seed(0)

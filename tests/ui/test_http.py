@@ -119,7 +119,7 @@ def test_a_form_with_a_picture(client, server):
 
 
 def test_fields_by_the_names_of_other_servers(client):
-    """As FastVideo's and vLLM-Omni's clients send them, in JSON and in a form."""
+    """Names of FastVideo's and vLLM-Omni's clients are taken, in JSON and in a form."""
     told = {"num_frames": 17, "num_inference_steps": 4, "fps": 8, "seed": 5}
     told |= {"guidance_scale": 3.5, "negative_prompt": "blur", "max_sequence_length": 64}
     given = {"prompt": "steps 1", **told, "n": 1, "user": "me", "response_format": "url"}

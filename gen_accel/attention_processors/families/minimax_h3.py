@@ -478,7 +478,7 @@ def _colours(pipe: "DiffusionPipeline", like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choices(frames: int) -> list[tuple[bool, ...]]:
-    """Which of so many key frames are shown, for each choice of them: all first, none last."""
+    """List the choices among so many key frames, whether each is shown: all first, none last."""
     return [*product((True, False), repeat=frames)]
 
 

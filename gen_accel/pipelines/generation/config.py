@@ -373,8 +373,8 @@ class ImagePromptConfig(Config):
             )
 
 
-class Seen(Config):
-    """What a chunk of a stream sees of earlier ones."""
+class ZonesConfig(Config):
+    """Zones of earlier chunks that a chunk of a stream sees."""
 
     zones: tuple[str, ...] = option(
         (),
@@ -390,6 +390,11 @@ class Seen(Config):
     def _names_zones(self) -> "Self":
         read_zones(self.zones)
         return self
+
+    def check_zones(self, *, stream: bool) -> None:
+        """Refuse zones of a video that is made as a whole."""
+        if self.zones and not stream:
+            raise ValueError("--zones is of a stream: add --stream")
 
 
 class MethodChoice(Config):
@@ -504,7 +509,7 @@ class MethodConfig(MethodChoice):
 
 
 class GenerateConfig(
-    Seen,
+    ZonesConfig,
     Loading,
     ImagePromptConfig,
     ConditioningFiles,
@@ -793,10 +798,10 @@ class GenerateConfig(
             )
 
     def _check_stream(self) -> None:
+        self.check_zones(stream=self.stream)
         if not self.stream:
-            for name in ("resume", "zones"):
-                if self.is_given(name):
-                    raise ValueError(f"--{name} is of a stream: add --stream")
+            if self.resume:
+                raise ValueError("--resume is of a stream: add --stream")
             return
         if self.out.suffix.lower() != ".mp4":
             raise ValueError(f"a stream is an .mp4, got --out {self.out}")

@@ -41,7 +41,8 @@ def usual_run(model: str | Path, picture: tuple[int, int] | None = None) -> dict
     known, names = known_run(model), ("height", "width")
     if known is not None and picture is None:
         return known._asdict()
-    folder, found = folder_of(model), dict(RunSize._field_defaults)
+    folder = folder_of(model)
+    found = dict(RunSize._field_defaults) if known is None else known._asdict()
     if folder.is_dir() and index_in(folder) is None:  # a transformer alone
         return found
     index = index_of(model)
@@ -51,10 +52,8 @@ def usual_run(model: str | Path, picture: tuple[int, int] | None = None) -> dict
     call = inspect.signature(pipeline_class(index["_class_name"]).__call__).parameters
     arguments = {"frames": frames, **{n: n for n in names}, "steps": "num_inference_steps"}
     for name, argument in arguments.items():
-        if argument in call and isinstance(call[argument].default, int):
+        if known is None and argument in call and isinstance(call[argument].default, int):
             found[name] = call[argument].default
-    if known is not None:
-        found = known._asdict()
     row = takes(index["_class_name"])
     if row is not None and callable(row.size) and (picture or not found.keys() >= {*names}):
         found |= zip(names, row.size(skeleton(model), *(picture or (9, 16))), strict=True)

@@ -180,9 +180,8 @@ class Streamer:
         self.transformer, self.family = transformer, streaming_family(transformer)
         kind = type(pipe).__name__
         index = {**pipe.config, "_class_name": kind}
-        choose(
-            index, transformer.config, (), pipe.name_or_path or kind
-        )  # refuses picture to video
+        model = pipe.name_or_path or kind
+        choose(index, transformer.config, (), model)  # refuses what begins with a picture
         if self.family.needs_control(transformer.config):
             raise ValueError(f"a stream is made from text alone, and {kind} needs a control video")
         if not is_causal(pipe.vae):
