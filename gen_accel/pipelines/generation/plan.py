@@ -377,7 +377,7 @@ def _with_own_stream(config: GenerateConfig) -> GenerateConfig:
         if config.method is None:
             return config.model_copy(update={"from_lora": lora})
         changed["loras"] = (str(lora),)
-    if changed["method"] != "dense":
+    if config.method is not None and not config.built_method().is_dense:
         changed["zones"] = ("middle=none", *config.zones)  # of which the last counts
     return config.model_copy(update=changed)
 

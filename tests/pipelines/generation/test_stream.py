@@ -16,7 +16,7 @@ from support import wan
 from support.objectives import some_recipe
 
 import gen_accel
-from gen_accel import Piecewise, Schedule
+from gen_accel import Dense, Piecewise, Schedule
 from gen_accel.lora.artefact import add_lora
 from gen_accel.measure.video_io import count_frames, encode, finish, read_about, read_video
 from gen_accel.pipelines.generation.config import Clip, GenerateConfig, prompts_of
@@ -233,6 +233,7 @@ class TestSettings:
         plan = plan_of(GenerateConfig(**given, method="piecewise"))
         assert plan.config.zones == ("middle=none",)
         assert [Path(one).name for one in plan.config.loras] == ["stream_lora"]
+        assert plan_of(GenerateConfig(**given, method=Dense())).config.zones == ()
         with pytest.raises(ValueError, match=words):
             plan_of(GenerateConfig(**given, method="piecewise", zones=("middle=grid",)))
 
