@@ -160,9 +160,19 @@ FAMILIES: dict[str, Served] = {
         },
     ),
     "anyflow": Served(
-        "wan:AnyFlow",
+        "anyflow:AnyFlow",
         ("AnyFlowTransformer3DModel",),
         {"AnyFlow-Wan2.1-T2V-14B": Published(WAN_480P, "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers")},
+    ),
+    "anyflow_far": Served(
+        "anyflow:AnyFlowFAR",
+        ("AnyFlowFARTransformer3DModel",),
+        {
+            f"AnyFlow-FAR-Wan2.1-{size}": Published(
+                WAN_480P, f"nvidia/AnyFlow-FAR-Wan2.1-{size}-Diffusers"
+            )
+            for size in ("1.3B", "14B")
+        },
     ),
     "hunyuan_video": Served(
         "hunyuan_video:HunyuanVideo",
@@ -332,10 +342,6 @@ PART = "it is a part of other models: attach to the whole model"
 OWN = "gen_accel.attach_own runs its own sparse attention by our kernels"
 REFUSED: dict[str, str] = {
     "AceStepTransformer1DModel": SOUND,
-    "AnyFlowFARTransformer3DModel": (
-        "its tokens see a cache of earlier chunks, some of them compressed, causally by a block "
-        f"mask of FlexAttention over padded tokens; {OWN}"
-    ),
     "AuraFlowTransformer2DModel": SMALL,
     "BriaFibo2Transformer2DModel": SMALL,
     "BriaFiboTransformer2DModel": SMALL,

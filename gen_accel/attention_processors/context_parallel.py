@@ -245,7 +245,7 @@ def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple
 
 def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
     """Return streams with the grid sharded, and all other tokens in each process."""
-    video, before = tokens
+    video, before = tokens.video, tokens.before
     streams = (
         Stream(before, False),
         Stream(video.video_tokens, True),

@@ -28,16 +28,33 @@ class Tokens(NamedTuple):
     Args:
         video: the grid, with all other tokens counted as its text.
         before: number of other tokens before the grid.
+        past: number of the grid's first frames that are keys alone, from a cache. Where there are
+            some, all that is beside the grid is keys alone too.
     """
 
     video: VideoShape
     before: int = 0
+    past: int = 0
+
+    @property
+    def first(self) -> int:
+        """Place of the first query, where some tokens have none."""
+        return self.before + self.past * self.video.height * self.video.width
 
     def complete(self, q: Tensor) -> Tensor:
-        """Pad q to (B, N, H, D), where only the grid, or the grid and the tokens after it, have
-        queries. All other places get zeros."""
+        """Pad q to (B, N, H, D), where only the grid without its past, or that and the tokens
+        after it, have queries. The past gets the queries of the first frame after it, so that
+        blocks which hold both have queries alike, and all other places get zeros."""
         others = self.video.tokens - q.shape[1]
-        return F.pad(q, (0, 0, 0, 0, self.before, others - self.before)) if others else q
+        if self.past:
+            q = torch.cat([*[q[:, : self.video.height * self.video.width]] * self.past, q], 1)
+        return F.pad(q, (0, 0, 0, 0, self.before, others - self.first)) if others else q
+
+    def asked(self, device: torch.device) -> Tensor:
+        """(N,) bool, which tokens have queries, the grid's first and then all others."""
+        asked = torch.zeros(self.video.tokens, dtype=torch.bool, device=device)
+        asked[self.first - self.before : self.video.video_tokens] = True
+        return asked
 
 
 class Samples(NamedTuple):
@@ -100,7 +117,7 @@ def by_text(
         seen: for each sample the tokens beside the grid that are not padding, counted from 0 and
             rising; None without padding.
     """
-    video, before = tokens
+    video, before = tokens.video, tokens.before
     if seen is None or all(len(places) == video.text for places in seen):
         return [Samples(range(batch), video, True, video.tokens, before)]
     groups = []
@@ -128,7 +145,7 @@ def _left(parts: tuple[int, ...], places: Sequence[int]) -> tuple[int, ...]:
 @torch.inference_mode(False)
 def _order(tokens: Tokens, seen: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """(b, n) int64, the places of the grid and of the tokens seen beside it, of each sample."""
-    video, before = tokens
+    video, before = tokens.video, tokens.before
     grid = torch.arange(before, before + video.video_tokens, device=device)
     others = torch.tensor(seen, device=device, dtype=grid.dtype)
     others = torch.where(others < before, others, others + video.video_tokens)

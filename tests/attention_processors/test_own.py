@@ -135,7 +135,7 @@ def test_refusals():
     model = kandinsky5.transformer()
     with attach(model, Dense()), pytest.raises(ValueError, match="a method is attached to"):
         attach_own(model)
-    for case in (nabla_6(), far(), animate()):
+    for case in (nabla_6(), animate()):
         with pytest.raises(ValueError, match=r"gen_accel\.attach_own"):
             attach(case.model, Radial())
     with nullcontext(attach_own(nabla_6().model)) as own:

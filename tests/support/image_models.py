@@ -238,6 +238,7 @@ _ALL = {
     "wan animate": of("wan_animate"),
     "chronoedit": of("chronoedit"),
     "anyflow": of("anyflow"),
+    "anyflow far": of("anyflow_far", text=118, tokens=12),
     "helios": of("helios", text=30),
     "helios telling": of("helios", 3, text=30, tokens=66),
     "helios without history": of("helios", 2),

@@ -215,7 +215,7 @@ class Reader(NamedTuple):
 # Facts of a pass that its blocks read, of the clock and of the pass itself. Counters, from which
 # later passes continue, are none.
 OF_CLOCK = ("tokens", "texts", "step", "steps")
-OF_PASS = ("dense_step", "is_dense", "progress", "refusal")
+OF_PASS = ("dense_step", "is_dense", "progress", "refusal", "own")
 
 
 class ForwardPass:
@@ -230,6 +230,7 @@ class ForwardPass:
         learns: methods with a memory learn at this step, the last that is dense at the start.
         progress: of the run, see `Schedule.progress`; graphs read it when they run.
         refusal: why the grid is not known; raised where a method is to run.
+        own: why the model's own attention runs in this pass; None if a method may.
         knows_grid: whether the grid is known, which a graph may depend on.
         is_one_graph: this pass is traced with the model, so that what is read are symbols.
         steps, passes: each step of the generation to `dense_step` there, and to its passes.
@@ -242,6 +243,7 @@ class ForwardPass:
         self.is_dense = self.learns = False
         self.progress = 0.0
         self.refusal: ValueError | None = None
+        self.own: str | None = None
         self.knows_grid = False
         self.is_one_graph = False
         self.steps: dict[int, str | None] = {}
@@ -256,13 +258,15 @@ class ForwardPass:
         if not traced:
             self.seen_passes += 1
         self._read, self.refusal, self.is_one_graph = None, None, traced
+        self.own = read.family.stays_dense(transformer, given)
         try:
-            self.clock.tokens = read.family.tokens(transformer, given)
+            held = None if self.own is not None else read.family.tokens(transformer, given)
+            self.clock.tokens = held
         except ValueError as error:
             self.clock.tokens, self.refusal = None, error
-        self.knows_grid = self.refusal is None
+        self.knows_grid = self.clock.tokens is not None
         self.clock.texts = None
-        if not read.reads_texts or self.refusal is not None:
+        if not read.reads_texts or not self.knows_grid:
             return
         if traced or is_compiled(transformer) or read.family.attention.masks == "pairs":
             self._read_texts(read.family, transformer, given)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
@@ -173,8 +174,10 @@ class Layer:
                 # A dense call need not know the grid.
                 out = call.stock()
                 if record is not None:
-                    at = why if tokens is not None else f"{why}, at a grid that is not known"
-                    record.add(context_parallel.counted_shape(call), why=at)
+                    known = tokens is not None or handle.passing.own is not None
+                    at = why if known else f"{why}, at a grid that is not known"
+                    keys = call.k.shape[1] if tokens is not None and tokens.past else None
+                    record.add(context_parallel.counted_shape(call), why=at, keys=keys)
                 if tokens is not None and state is not None and state.learns:
                     self.learn(call, tokens, out, state)
                 return out
@@ -249,15 +252,20 @@ class Layer:
             if record is not None:
                 choice = run.choices[-1] if run.choices else None  # none without a kernel
                 B, H, N, D = part[0].shape
-                keys = run.keys
-                record.add((B, N, H, D), why=why, choice=choice, plans=run.plans, keys=keys)
+                keys, asked = run.keys, 1.0
+                if tokens.past:
+                    N, keys = tokens.before + tokens.video.video_tokens - tokens.first, N
+                    asked = min((_rows(plan, tokens)[1] for plan, _ in run.plans), default=1.0)
+                record.add(
+                    (B, N, H, D), why=why, choice=choice, plans=run.plans, keys=keys, asked=asked
+                )
             outs.append(some.back(out, call.k.shape[1]))
         out = outs[0]
         if len(groups) > 1:
             order = [row for some in groups for row in some.rows]
             out = torch.cat(outs)[[order.index(row) for row in range(len(order))]]
         if call.q.shape[1] < out.shape[1]:
-            out = out[:, tokens.before : tokens.before + call.q.shape[1]]
+            out = out[:, tokens.first : tokens.first + call.q.shape[1]]
         return out
 
     def is_silent(self, gate: nn.Module) -> bool:
@@ -280,6 +288,7 @@ class Layer:
             return "method is dense"
         handle = self.handle
         why = handle.schedule.why_layer(self.number) or handle.passing.dense_step
+        why = why or handle.passing.own
         if why is None and self.changes and self.method_now().is_dense:
             return "dense by its rules"
         return why
@@ -314,7 +323,8 @@ class Layer:
     def check(self, call: Call, tokens: Tokens) -> None:
         """Raise ValueError for a call that a method cannot replace."""
         q, k, video = call.q.shape[1], call.k.shape[1], tokens.video
-        if k != video.tokens or (q != k and q not in (k - tokens.before, video.video_tokens)):
+        asking = k - tokens.first, video.video_tokens + tokens.before - tokens.first
+        if k != video.tokens or (q != k and q not in asking):
             raise ValueError(
                 f"attention of {self.name} runs over {k} tokens, the latents make {video}: a size "
                 "that the model's patches do not divide, or a model that this family does not "
@@ -322,8 +332,7 @@ class Layer:
             )
         if call.refused:
             self.refuse(call)
-        seen = video.video_tokens
-        known = k, seen, k - tokens.before, tokens.before + seen
+        known = k, *asking, tokens.before + video.video_tokens
         if call.gate is not None and call.gate.shape[1] not in known:
             raise ValueError(
                 f"attention of {self.name} has {q} queries and hidden states of "
@@ -448,6 +457,7 @@ class MethodRun:
             branch = on_device(branch, call.q.device)
             self.branch = context_parallel.of_heads(branch, call.heads)
         self.keys: int | None = None
+        self.tokens = tokens
         self.choices: list[kernels.Choice] = []
         self.plans: list[tuple[Plan, int]] = []
 
@@ -493,7 +503,7 @@ class PlanRunner(kernels.Runner):
         self.scale = run.call.scale
         self._run, self._method, self._video, self._counted = run, method, video, counted
         free = not run.handle.extensions and not run.handle.self_check and not run.call.trains
-        self.takes_answers = free
+        self.takes_answers = free and not run.tokens.past
 
     def answered(self, out: Tensor, plan: Plan, kernel: str) -> Tensor:
         if self._counted:
@@ -506,6 +516,8 @@ class PlanRunner(kernels.Runner):
         if handle.extensions:
             clock = handle.passing.clock
             plan = adjusted(plan, handle.extensions, self._video, clock.step, clock.steps)
+        if run.tokens.past and self._video.frames == run.tokens.video.frames:
+            plan = _asked(plan, run.tokens)
         # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
         check, kind = None, q.device.type
         if kind not in ("cpu", "mps") if handle.self_check is None else handle.self_check:
@@ -525,6 +537,35 @@ class PlanRunner(kernels.Runner):
         if self._counted:
             run.plans.append((plan, q.shape[1]))
         return out
+
+
+def _asked(plan: Plan, tokens: Tokens) -> Plan:
+    """Leave out the rows of a plan that hold no queries. A static plan is changed once."""
+
+    def made() -> Plan:
+        return plan.changed(keep=plan.keep & _rows(plan, tokens)[0][:, None])
+
+    return made() if plan.dynamic else plan.prepared(tokens, made)
+
+
+# By the slots of plans, and then by their blocks and the tokens of a call.
+_known_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _rows(plan: Plan, tokens: Tokens) -> tuple[Tensor, float]:
+    """Return which blocks of a plan hold tokens that are queries, (Kq,) bool, and the share of
+    queries among their tokens. Waits for the device once for each layout."""
+    known = _known_rows.get(plan.slots)
+    if known is None:
+        known = _known_rows[plan.slots] = {}
+    if (plan.block_q, tokens) not in known:
+        with torch.inference_mode(False):
+            slots = plan.slots
+            real = (slots >= 0).view(-1, plan.block_q)
+            held = real & tokens.asked(slots.device)[slots.clamp_min(0)].view_as(real)
+            rows = held.any(1)
+            known[plan.block_q, tokens] = rows, int(held.sum()) / int(real[rows].sum())
+    return known[plan.block_q, tokens]
 
 
 class PaddingOnce:
@@ -603,8 +644,8 @@ def _completed(call: Call, tokens: Tokens) -> Tensor:
     or of the grid and what comes before or after it. All other tokens have a gate of zero."""
     gate, k = call.gate, call.k.shape[1]
     assert gate is not None
-    own, seen = gate.shape[1], tokens.video.video_tokens
-    first = tokens.before if own in (seen, k - tokens.before) else 0
+    own, seen = gate.shape[1], tokens.before + tokens.video.video_tokens
+    first = tokens.first if own in (seen - tokens.first, k - tokens.first) else 0
     return gate if own == k else F.pad(gate, (0, 0, 0, 0, first, k - first - own))
 
 

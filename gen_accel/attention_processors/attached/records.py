@@ -61,10 +61,12 @@ class Record:
         choice: Choice | None = None,
         plans: Sequence[tuple[Plan, int]] = (),
         keys: int | None = None,
+        asked: float = 1.0,
     ) -> None:
         """Count one call of shape (B, N, H, D).
 
         Args:
+            asked: share of the queries in the blocks of the plans that the model asked for.
             keys: number that a dense call would have seen; None: N.
             plans: that made it up, each over all N tokens or a part of them, with the heads it was
                 for; none if the model's own attention ran, or a method by itself.
@@ -84,12 +86,12 @@ class Record:
             if plan.dynamic:
                 picks = plan.partial.picks.shape if isinstance(plan.partial, Route) else ()
                 facts = plan.tokens, plan.patterns, plan.block_q, plan.block_k, self.device
-                key = (*facts, picks, part, dense)
+                key = (*facts, picks, part, dense, asked)
                 if key not in self._tallies:
-                    self._tallies[key] = Tally(plan, part, dense)
+                    self._tallies[key] = Tally(plan, part, dense, asked)
                 self._tallies[key].add(plan)
             else:
-                self._kept += part * plan.density
+                self._kept += part * plan.density * asked
                 self._flops += part * plan.computed_density * dense
 
     def as_dense(self, why: str) -> "Record":
@@ -131,10 +133,13 @@ class Tally:
     Args:
         part: share of the N x N pairs of a call that a plan is over.
         dense: FLOPs of a call as dense attention.
+        asked: see `Record.add`.
     """
 
-    def __init__(self, plan: Plan, part: float = 1.0, dense: float = 1.0) -> None:
-        self.part, self.dense, self.tokens = part, dense, plan.tokens
+    def __init__(
+        self, plan: Plan, part: float = 1.0, dense: float = 1.0, asked: float = 1.0
+    ) -> None:
+        self.part, self.dense, self.tokens, self.asked = part, dense, plan.tokens, asked
         self._patterns = plan.patterns[0] * plan.patterns[1]
         self._pair = plan.block_q * plan.block_k / plan.tokens**2
         self._groups = plan.partial.picks.numel() if isinstance(plan.partial, Route) else 0
@@ -181,12 +186,12 @@ class Tally:
         if self._picked is None or self._seen is None:
             kept, computed = self._pairs().tolist()
             scale = self.part / self._patterns / self.tokens**2
-            return kept * scale, computed * scale
+            return kept * scale * self.asked, computed * scale
         blocks = int(self._seen) / self._plans_seen / self._patterns
         computed = min(1.0, blocks * self._pair)
         kept = int(self._picked) / self._plans_picked / self._groups
         scale = self.part * self._plans
-        return min(kept, computed) * scale, computed * scale
+        return min(kept, computed) * scale * self.asked, computed * scale
 
 
 class Watch:

@@ -467,6 +467,11 @@ class Family:
         """Number of tokens that attend with the grid, padding included."""
         return given["encoder_hidden_states"].shape[1] if self.attention.text else 0
 
+    def stays_dense(self, transformer: Model, given: Given) -> str | None:
+        """Reason why a forward pass runs the model's own attention, whatever is attached; None if
+        a method may run."""
+        return None
+
     def timestep(self, given: Given) -> Tensor:
         """(B,) or (), or more if parts of the grid have their own."""
         return torch.as_tensor(given[self.attention.timestep])

@@ -1,5 +1,5 @@
 """Wan 2.1 and 2.2 with VACE and Animate, and the models that are built like it: SkyReels-V2, text
-to video and image to video, ChronoEdit, AnyFlow and Helios.
+to video and image to video, ChronoEdit and Helios.
 
 Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
 control blocks run over the same grid, of which its reference images are the first frames.
@@ -71,7 +71,7 @@ _SMALL = 16  # channels of the tiny model
 # sides once more.
 _TI2V_CHANNELS = 48
 _TI2V = {"frames": 121, "fps": 24, "spatial": 16}
-_PARTS = {"text_encoder": "umt5-xxl", "vae": "AutoencoderKLWan"}
+PARTS = {"text_encoder": "umt5-xxl", "vae": "AutoencoderKLWan"}
 _LAYERS = {
     **{
         f"attn1.{ours}": OriginalLayer(f"self_attn.{x}")
@@ -206,7 +206,7 @@ class WanTrained(WanCalls):
         text_width="text_dim",
     )
     generation = Generation(autoencoder="AutoencoderKLWan")
-    parts = _PARTS
+    parts = PARTS
 
     def longest(self, transformer: Model) -> int:
         return transformer.config.rope_max_seq_len
@@ -689,26 +689,6 @@ class ChronoEdit(WanCalls):
 
     def no_frames(self, transformer: Model, given: Given) -> str:
         return "ChronoEdit leaves out all frames but the first and the last on the way"
-
-
-class AnyFlow(WanBlocks):
-    """Latents come frames first, before their channels. The timestep, (B, frames), is the one at
-    which a step of the flow map begins."""
-
-    models = "AnyFlow"
-    image_prompts = replace(WanBlocks.image_prompts, guidance="batched")
-    generation = Generation(axes="fchw", autoencoder="AutoencoderKLWan")
-    presets = {
-        "AnyFlow-Wan2.1-T2V-14B": PublishedModel(14.3),
-    }
-    pipelines = {"AnyFlowPipeline": PipelineInputs("anyflow", video="video", role="continued")}
-    parts = _PARTS
-
-    def layers(self, transformer: Model) -> Layers:
-        return CROSS.with_first({r"time|delta_embedder": "frames"})
-
-    def context_parallel(self, transformer: Model) -> None:
-        raise ValueError("its rotary embeddings are a dict, which diffusers cannot split")
 
 
 class Helios(WanBlocks):

@@ -459,13 +459,13 @@ def _lost(source: OpenedVideo, size: Size | None) -> list[str]:
 
 def plain(given: _Fitted) -> dict[str, object]:
     """Pictures and frames under the names of the signature."""
-    held = {
-        given.row.image: given.pictures.get(0),
-        given.row.last_image: given.pictures.get(-1),
-        given.row.video: given.video,
-        given.row.strength: given.strength,
-    }
-    return {name: value for name, value in held.items() if name and value is not None}
+    held = (
+        (given.row.image, given.pictures.get(0)),
+        (given.row.last_image, given.pictures.get(-1)),
+        (given.row.video, given.video),
+        (given.row.strength, given.strength),
+    )
+    return {name: value for name, value in held if name and value is not None}
 
 
 def overlapping(given: _Fitted) -> dict[str, object]:

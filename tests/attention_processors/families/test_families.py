@@ -152,7 +152,8 @@ def test_all_attention_over_the_grid_is_found(case):
         for call, tokens, _ in calls:
             assert call.k.shape[1] == tokens.video.tokens
             whole = tokens.video.tokens
-            assert call.q.shape[1] in (whole, whole - tokens.before, tokens.video.video_tokens)
+            grid = tokens.before + tokens.video.video_tokens
+            assert call.q.shape[1] in (whole, whole - tokens.first, grid - tokens.first)
             assert 0 <= tokens.before <= tokens.video.text
     for site in sites_of(model):
         call, _, _ = found[site.name][0]
@@ -243,7 +244,7 @@ def test_a_method_is_attention_over_the_grid_and_its_text(case, method):
 
 def by_hand(method: Any, call: Call, tokens: Tokens, branch: Any) -> Tensor:
     """(B, N, H, D), NaN where nothing is expected: in the padding of a text."""
-    video, before = tokens
+    video, before, past = tokens
     size = call.k.shape[1]
     grid = range(before, before + video.video_tokens)
     others = [place for place in range(size) if place not in grid]
@@ -256,12 +257,17 @@ def by_hand(method: Any, call: Call, tokens: Tokens, branch: Any) -> Tensor:
         if call.q.shape[1] == len(grid):
             asking = slice(before, before + len(grid))
         q[asking] = call.q[sample]
+        for frame in range(past):  # which have the queries of the first frame that asks
+            each = video.height * video.width
+            q[before + frame * each :][:each] = call.q[sample, :each]
         q, k, v = (x[order].transpose(0, 1)[None] for x in (q, call.k[sample], call.v[sample]))
         shape = VideoShape(*video.grid, len(seen))
         options = {"video": shape, "method": method, "kernel": "reference", "scale": call.scale}
         gated = method.defines("gate")  # which is zero at the start
         out = attention(q, k, v, **options, branch=None if gated else branch)
         result[sample, order] = out[0].transpose(0, 1)
+    if past:  # what is beside the grid is padding
+        result[:, before + len(grid) :] = torch.nan
     return result[:, asking]
 
 
@@ -404,6 +410,8 @@ def test_compiled_blocks_leave_padding_out(case):
 @pytest.mark.slow
 @some_methods
 def test_a_step_of_training(case, method):
+    if case.name == "anyflow_far":
+        pytest.skip("its own attention, FlexAttention, has no backward pass on a CPU")
     model = copy.deepcopy(model_of(case)).requires_grad_(False)
     family: Any = family_of(model)
     targets = family.lora_targets["attention"]

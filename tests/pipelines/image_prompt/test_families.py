@@ -32,6 +32,7 @@ PIPED = {case.name: case for case in cases() if case.pipeline is not None}
 # Frames of the video in each of three latents, and why they are not known in a call.
 SPANS = {
     "anyflow": [(0, 1), (1, 5), (5, 9)],
+    "anyflow far": "chunk after chunk",
     "helios without history": "chunk after chunk",
     "helios": "chunk after chunk",
     "helios telling": "chunk after chunk",
@@ -49,7 +50,8 @@ SPANS = {
 DISTILLED = ("hunyuan_video",)  # its pipeline has no negative prompt by default
 SPLIT = ["hidden_states", "encoder_hidden_states"]  # by frames, for FreeNoise
 SPANS = {name: span for name, span in SPANS.items() if name in CASES}
-BESIDE = ("helios telling", "kandinsky6 image", "ltx2 followed")  # queries of others as well
+# Which have queries of others as well.
+BESIDE = ("anyflow far", "helios telling", "kandinsky6 image", "ltx2 followed")
 NEW = [*SPANS, "allegro", "cosmos", "cosmos image", "pixart"]
 
 
@@ -424,7 +426,15 @@ def test_a_file_of_the_adapter(name, tmp_path):
 
 def test_families_that_share_their_attentions_share_adapters(tmp_path):
     _, path = saved(CASES["wan"].build(), tmp_path / "wan")
-    for name in ("skyreels", "vace", "wan animate", "chronoedit", "anyflow", "helios"):
+    for name in (
+        "skyreels",
+        "vace",
+        "wan animate",
+        "chronoedit",
+        "anyflow",
+        "anyflow far",
+        "helios",
+    ):
         if name in CASES:
             load_image_prompt(CASES[name].build(), path)
     unet = image_adapters.sd_unet()
