@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNIONS = (Union, types.UnionType)
 MOST_SHOWN = 200  # characters of a wrong value in an error
+TOLD = {"told": True}  # of a field that `brief` writes also at its default
 WHOLE = 2**63  # below it whole numbers are, and their negatives, as in tensors
 
 # Types with limits, for fields of dataclasses: an interval, whose words the error holds.
@@ -207,14 +208,14 @@ def shown(value: object) -> str:
 
 
 def brief(options: object) -> str:
-    """Write options as the call that makes them, without those at their defaults."""
+    """Write options as the call that makes them, of the defaults only those that are `TOLD`."""
     if not is_dataclass(options) or type(options).__str__ is not object.__str__:
         return str(options)
-    given = [
-        f"{one.name}={brief(value) if is_dataclass(value) else repr(value)}"
-        for one in fields(options)
-        if one.repr and (value := getattr(options, one.name)) != one.default
-    ]
+    given = []
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if one.repr and (value != one.default or one.metadata == TOLD):
+            given.append(f"{one.name}={brief(value) if is_dataclass(value) else repr(value)}")
     return f"{type(options).__name__}({', '.join(given)})"
 
 

@@ -124,19 +124,20 @@ MESSAGES = (
 FROM_SECOND = "from the second on"
 
 
-def too_small(tokens: int, steps: int) -> str:
+def too_small(tokens: int, steps: int, sparse: Collection[int] | None = None) -> str:
     """Say why sparse attention gains nothing in a run of so many tokens, or how it is to be set in
-    so few steps; "" for larger runs."""
+    so few steps; "" for larger runs, and where the steps that are `sparse` leave these dense."""
     if tokens < LEAST_TOKENS:
         return (
             f"below about {LEAST_TOKENS:,} tokens sparse attention gains nothing, and this clip "
             f"has {tokens:,}"
         )
-    if steps < LEAST_STEPS:
-        dense = ",".join(map(str, dense_of_few(steps)))
+    dense = dense_of_few(steps)
+    if steps < LEAST_STEPS and (sparse is None or not {*dense}.isdisjoint(sparse)):
+        numbers = f"number {dense[0]}" if len(dense) == 1 else f"numbers {dense[0]} to {dense[-1]}"
         return (
             f"in fewer than {LEAST_STEPS} steps, {steps} here, keep a quarter of them dense "
-            f"{FROM_SECOND}, number {dense} from 0, and at least {LEAST_DENSITY:g} of the blocks"
+            f"{FROM_SECOND}, {numbers} from 0, and at least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
 

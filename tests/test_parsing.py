@@ -153,6 +153,7 @@ def test_a_call_is_written_without_defaults():
     assert brief(Reuse(Piecewise(0.2, band=1), every=4)) == (
         "Reuse(method=Piecewise(critical=0.2, band=1), every=4)"
     )
+    assert brief(Piecewise()) == "Piecewise(critical=0.2)"  # told, as nothing else says it
     assert brief("a b") == "a b"
 
 

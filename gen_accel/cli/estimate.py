@@ -116,7 +116,9 @@ class EstimateConfig(FiguresConfig, ZonesConfig, MethodConfig, RunConfig):
         "A stream, which `gen-accel generate --stream` makes chunk by chunk: what a frame costs.",
         form="A stream, made chunk by chunk: what a frame costs.",
     )
-    curve: bool = option(False, "Output", "Also density and speed-up at other numbers of frames.")
+    curve: bool = option(
+        False, "Output", "Also density and speed-up by FLOPs at other numbers of frames."
+    )
     bound: bool = option(
         False, "Output", "Also the best strides and tiles for the window of neighborhood."
     )

@@ -60,10 +60,10 @@ def test_what_is_said(clock, capsys, monkeypatch):
         bar.fixed("held-out loss 0.4 -> 0.3")
         bar.step(1, 2.5, 9.0)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "validation 1/1, step 0/3 0/10 steps, 0:00:00"
-    assert lines[2].startswith("validation 1/1, step 2/3 0/10 steps")
-    assert "9 frames, loss 2.5000 1/10 steps, 0:00:00, left 0:0" in lines[-2]
-    assert lines[-1].startswith("9 frames, loss 2.5000, held-out loss 0.4 -> 0.3 2/10 steps")
+    assert lines[0] == "validation 1/1, step 0/3, 0/10 steps, 0:00:00"
+    assert lines[2].startswith("validation 1/1, step 2/3, 0/10 steps")
+    assert "9 frames, loss 2.5000, 1/10 steps, 0:00:00, left 0:0" in lines[-2]
+    assert lines[-1].startswith("9 frames, loss 2.5000, held-out loss 0.4 -> 0.3, 2/10 steps")
 
 
 def test_it_says_at_once_what_begins(clock, capsys):
@@ -73,7 +73,7 @@ def test_it_says_at_once_what_begins(clock, capsys):
         with bar.beside("loss") as part:
             for i in range(100):
                 part(f"held-out loss, {i}/100", i / 100)
-    said = [line.split(" 1/10")[0] for line in capsys.readouterr().err.splitlines()]
+    said = [line.split(", 1/10")[0] for line in capsys.readouterr().err.splitlines()]
     assert said == ["9 frames, loss 2.5000", "held-out loss, 0/100", "9 frames, loss 2.5000"]
 
 

@@ -17,6 +17,7 @@ REPORT = {
     "steps": 4,
     "fps": 8.0,
     "tokens": 1234,
+    "attention": "Radial(decay_factor=0.5), Schedule()",
     "method": "Radial(decay_factor=0.5)",
     "schedule": "Schedule()",
     "kernel": "gather",

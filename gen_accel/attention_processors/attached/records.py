@@ -466,7 +466,8 @@ class Summary:
                 f"{self.tokens} tokens, density {self.density:.3f} "
                 f"(sparsity {1 - self.density:.3f}) where sparse"
             )
-            if small := too_small(self.tokens, len({step for _, step in self.records})):
+            ran, sparse = ({step for _, step in some} for some in (self.records, self._sparse))
+            if small := too_small(self.tokens, len(ran), sparse):
                 lines.append(small)
         lines.append(
             f"attention FLOPs executed: {self.flops:.3g}, {self.flops_share:.3f} of dense"

@@ -12,7 +12,7 @@ References:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -43,7 +43,7 @@ from gen_accel.kernels.base import Runner, name_of, scale_of, scale_or_default
 from gen_accel.kernels.dispatch import native_serves
 from gen_accel.kernels.native import rest as native_rest
 from gen_accel.method import RunPlan, Step, plan_once
-from gen_accel.parsing import Finite, Share, check_options
+from gen_accel.parsing import TOLD, Finite, Share, check_options
 from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
 from gen_accel.video import VideoShape
 
@@ -127,7 +127,7 @@ class Piecewise(BlockSelection):
         block_q, block_k: tokens in a query and in a key block.
     """
 
-    critical: Share | tuple[Share, ...] = 0.1
+    critical: Share | tuple[Share, ...] = field(default=0.2, metadata=TOLD)
     select: Select = "topk"
     tau: Finite = 1.0
     tau_end: Finite | None = None

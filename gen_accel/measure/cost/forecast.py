@@ -276,8 +276,8 @@ def _bytes(one: Range) -> str:
 
 
 def curve_lines(points: Iterable[Estimate]) -> Iterator[str]:
-    """A table of other numbers of frames."""
-    yield f"{'frames':>8}{'tokens':>10}{'density':>10}{'speed-up':>11}"
+    """Tabulate other numbers of frames, with the speed-up that FLOPs alone give."""
+    yield f"{'frames':>8}{'tokens':>10}{'density':>10}{'by FLOPs':>11}"
     for one in points:
         yield f"{one.num_frames:>8}{one.tokens:>10}{one.density:>10.3f}{one.speedup:>10.2f}x"
 

@@ -21,6 +21,7 @@ from gen_accel.kernels import flex
 from gen_accel.measure import Fidelity, measure_fidelity, side_by_side
 from gen_accel.measure.machine import ExternalLoad, environment
 from gen_accel.method import Method
+from gen_accel.parsing import brief
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.progress import Part, Progress
@@ -126,6 +127,7 @@ class Comparison:
             "prompt": self.prompt,
             **{name: getattr(self.clip, name) for name in of_clip},
             "tokens": ran["tokens"],
+            "attention": f"{brief(self.summary.method)}, {brief(self.summary.schedule)}",
             "method": ran["method"],
             "schedule": ran["schedule"],
             "kernel": ", ".join(kernels) or "none, all dense",

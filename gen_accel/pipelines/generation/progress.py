@@ -160,7 +160,8 @@ class Progress:
             return
         task.fields["told"] = now, done, words
         spent, left, begun = task.elapsed or 0.0, task.fields["left"], task.fields["begun"]
-        line = f"{words}{',' * (task.fields['unit'] == PERCENT)} {_amount(task)}"
+        parted = task.fields["unit"] == PERCENT or "," in words
+        line = f"{words}{',' * parted} {_amount(task)}"
         line += f", {_seconds(spent)}"
         if left is None and total is not None and begun < done < total:
             left = spent / (done - begun) * (total - done)

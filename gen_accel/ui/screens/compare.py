@@ -203,7 +203,6 @@ def figures(report: Options) -> list[list[str]]:
         work += [["Skipped", told, f"by cache {report['cache']}, in the sparse clip alone"]]
     seconds = f"{report['dense_seconds']:.2f} s dense, {report['sparse_seconds']:.2f} s sparse"
     size = f"{report['frames']} frames of {report['width']} x {report['height']} pixels"
-    whole = f"{report['method']} {report.get('schedule', '')}".strip()
     return [
         speed,
         *attention,
@@ -211,7 +210,7 @@ def figures(report: Options) -> list[list[str]]:
         *work,
         ["Denoising", seconds, f"{report['steps']} steps each, without decoding"],
         ["Tokens", f"{report['tokens']:,}", size],
-        ["Method", report["method"].split("(")[0], whole],
+        ["Method", report["method"].split("(")[0], report["attention"]],
         ["Kernel", report["kernel"], "how it was computed; the answer does not depend on it"],
         ["Seed", str(report["seed"]), f"the same for both; prompt: {report['prompt']}"],
     ]
@@ -303,7 +302,7 @@ def write_page(compared: Compared, path: Path, mask: Path | None = None) -> Path
         title=f"{about['prompt']}: dense and sparse attention",
         videos=films,
         pictures={} if mask is None else {"Which pairs of tokens the method keeps": mask},
-        notes=[*filter(None, [f"Sparse attention: {about['method']}", compared.busy])],
+        notes=[*filter(None, [f"Sparse attention: {about['attention']}", compared.busy])],
     )
     return path
 

@@ -315,8 +315,9 @@ class RunForm(Form):
                 for name, part in sized.items()
                 if held[part] in (None, "")
             }
-            is_dense = held[self.attention.quality] == DENSE
-            told = [] if is_dense else [too_small(found["tokens"], found["steps"])]
+            quality = held[self.attention.quality]
+            is_dense, sparse = quality == DENSE, None if quality == OWN else ()  # as presets do
+            told = [] if is_dense else [too_small(found["tokens"], found["steps"], sparse)]
             cache = str(options["cache"]) if options.get("cache") else None
             told.append(cached_in_few(cache, found["steps"]))
             said = " ".join(f"{one[0].upper()}{one[1:]}." for one in told if one)

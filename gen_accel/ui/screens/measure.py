@@ -161,7 +161,7 @@ def _costs(page: Page) -> None:
         error = gr.HTML(elem_id="meas-estimate-error")
         with gr.Column(visible=False) as charts, gr.Row():
             about: Values = {"x": "frames", "height": 240, "min_width": 260}
-            title = "Speed-up of the denoising"
+            title = "Speed-up by FLOPs alone"
             speed = gr.LinePlot(y="speed-up", title=title, elem_id="meas-speed", **about)
             title = "Share of pairs computed"
             density = gr.LinePlot(y="density", title=title, elem_id="meas-density", **about)

@@ -368,7 +368,7 @@ class TestRefusals:
             ({"tau": 2.0}, "tau is for select='threshold', got tau=2.0"),
             ({"tau_end": 0.8}, "tau_end is for select='threshold'"),
             ({"threshold": "exact"}, "threshold is for select='threshold'"),
-            ({"select": "threshold", "critical": 0.2}, "critical is for select='topk'"),
+            ({"select": "threshold", "critical": 0.1}, "critical is for select='topk'"),
             (
                 {"centre": "auto", "order": "second"},
                 "order='second' is for centre='query', got centre='auto'",

@@ -24,7 +24,7 @@ def test_lines_as_seconds_pass(capsys, monkeypatch):
         bar.update(task, completed=3, description="9 frames, loss 0.5000")
     *clips, trained = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in clips] == ["clips 1/3", "clips 2/3", "clips 3/3"]
-    assert trained.startswith("9 frames, loss 0.5000 3/5 steps")
+    assert trained.startswith("9 frames, loss 0.5000, 3/5 steps")
 
 
 def test_a_bar_on_a_terminal_starts_again_with_each_part_of_a_video(capsys, monkeypatch):
