@@ -40,6 +40,7 @@ from support import hunyuan, wan
 from support.tiny import (
     animatediff,
     anyflow,
+    anyflow_far,
     cases_of,
     chronoedit,
     cogvideox,
@@ -56,6 +57,7 @@ from support.tiny import (
     skyreels,
 )
 from support.tiny.wan import noise, with_encoder
+from torch import Tensor
 
 from gen_accel.pipelines.generation.config import ConditioningFiles as Files
 
@@ -241,6 +243,25 @@ def ltx2_calls(size: tuple[int, int, int]) -> Calls:
 def overlapping(size: tuple[int, int, int]) -> Calls:
     video = frames_of(size, 6)  # of which 5 are whole latents
     return {"video": (Files(video=video), {"video": video, "overlap_history": 5})}
+
+
+def in_chunks(size: tuple[int, int, int]) -> Calls:
+    """Of AnyFlow FAR, which takes a picture as a video of one frame."""
+    start, video = picture(0, *size[1:]), frames_of(size, 5)
+    chunks = {"chunk_partition": [1, 2, 2]}
+
+    def pixels(*frames: Image.Image) -> Tensor:
+        values = torch.tensor([np.asarray(frame).tolist() for frame in frames])
+        return values.permute(0, 3, 1, 2)[None] / 255
+
+    return {
+        "text": (Files(), chunks),
+        "first frame": (Files(image=start), {"video": pixels(start)} | chunks),
+        "video": (
+            Files(video=video),
+            {"video": pixels(*video), "chunk_partition": [1, 1, 2, 1]},
+        ),
+    }
 
 
 def inpainted(size: tuple[int, int, int]) -> Calls:
@@ -506,6 +527,9 @@ def models() -> dict[str, Model]:
             lambda size: {"video": (Files(video=frames_of(size)), {"video": frames_of(size)})},
         ),
         "anyflow": Model(anyflow.pipeline, small, several(text, continued(5))),
+        "anyflow_far": Model(
+            anyflow_far.pipeline, (17, 48, 64), in_chunks, grids={"video": (4, 3, 4)}
+        ),
         "chronoedit": Model(
             lambda: with_encoder(chronoedit.ChronoEditPipeline, chronoedit.transformer()),
             (5, 48, 64),

@@ -1,6 +1,7 @@
 """AnyFlow, which is built like Wan, for a video as a whole and chunk after chunk (FAR)."""
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 from gen_accel.attention_processors.families.base import (
     Generation,
@@ -15,6 +16,26 @@ from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
 _BLOCK = 128  # queries are padded to a multiple, and keys by as many
+
+
+def _in_chunks(pipe: Model, frames: int, given: Given) -> tuple[Given, int]:
+    """Chunks as long as those that the model was trained on, of which the first is shorter. Where
+    a video is given, a chunk ends with it."""
+    own, step = [*pipe.transformer.config.chunk_partition], pipe.vae_scale_factor_temporal
+    first, each = own[0], max(own)
+    latents, video = (frames - 1) // step + 1, given.get("video")
+    if given.get("chunk_partition") is not None:
+        return {}, frames
+    if latents <= first:
+        raise ValueError(
+            f"{type(pipe).__name__} makes {first * step + 1} frames at least, got {frames}: ask "
+            "for more"
+        )
+    past = first if video is None else (video.shape[1] - 1) // step + 1
+    if latents == sum(own) and past in accumulate(own):
+        return {}, frames
+    ends = [*range(first, past, each), *range(past, latents, each), latents]
+    return {"chunk_partition": [end - begin for begin, end in pairwise([0, *ends])]}, frames
 
 
 class AnyFlow(WanBlocks):
@@ -58,6 +79,9 @@ class AnyFlowFAR(AnyFlow):
             image="video",
             video="video",
             role="continued",
+            by="in_tensor",
+            model="nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers",
+            length=_in_chunks,
         )
     }
 

@@ -60,6 +60,8 @@ Arguments = dict[str, Any]
 # The config of a transformer, and entries of a config by name.
 Config = Any
 Entries = Mapping[str, Any]
+# (pipeline, frames asked for, its own arguments): arguments for that length, and frames made
+Length = Callable[[Any, int, Given], tuple[Given, int]]
 # (transformer's config, pipeline's index, kinds): why these weights cannot, "" if they can
 Fits = Callable[[Entries, Entries, Collection[str]], str]
 
@@ -250,6 +252,30 @@ def _any_weights(config: Given, index: Given, asked: Collection[str]) -> str:
     return ""
 
 
+def _as_asked(pipe: Any, frames: int, given: Given) -> tuple[Given, int]:
+    return {}, frames
+
+
+def in_sections(latents: str, more: int = 0) -> Length:
+    """Length of a video that is made in sections of as many latent frames as the argument
+    `latents` says, each decoded by itself.
+
+    Args:
+        more: latent frames of the whole video beside those of the sections, which then join.
+    """
+
+    def made(pipe: Any, frames: int, given: Given) -> tuple[Given, int]:
+        default = inspect.signature(type(pipe).__call__).parameters[latents].default
+        each, step = given.get(latents, default), pipe.vae_scale_factor_temporal
+        section = (each - 1) * step + 1
+        count = -(-frames // section)
+        if more:
+            return {}, (count * each + more - 1) * step + 1
+        return {}, (count * section - 1) // step * step + 1
+
+    return made
+
+
 @dataclass(frozen=True)
 class PipelineInputs:
     """Inputs that the pipelines of one class make a video from.
@@ -275,6 +301,8 @@ class PipelineInputs:
             of the pipeline and a picture's height and width that gives them.
         multiple: divides heights and widths besides what the autoencoder and the patches ask for.
         joins: decodes by itself, as its latents alone do not hold its whole video.
+        length: of what is made, and the arguments that it asks for, see `Length`; ValueError for
+            one that cannot be made.
     """
 
     weights: str
@@ -294,6 +322,7 @@ class PipelineInputs:
     size: "tuple[int, int] | Callable[[Any, int, int], tuple[int, int]] | None" = None
     multiple: int = 16
     joins: bool = False
+    length: Length = _as_asked
 
     @property
     def kinds(self) -> tuple[str, ...]:

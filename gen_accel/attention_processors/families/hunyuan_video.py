@@ -31,6 +31,7 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
     Training,
+    in_sections,
 )
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place, text_device
 from gen_accel.attention_processors.families.layers import Layers
@@ -434,6 +435,7 @@ class FramePack(HunyuanBlocks):
             image="image",
             last_image="last_image",
             model="lllyasviel/FramePackI2V_HY",
+            length=in_sections("latent_window_size", more=1),
         ),
     }
 

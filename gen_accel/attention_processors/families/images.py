@@ -95,11 +95,9 @@ class QwenImage(ImageFamily):
     def text_lengths(self, transformer: Model, given: Given) -> tuple[int, ...] | None:
         """Number of text tokens in each sample, without padding; None with images to edit, which
         come behind the padding. Waits for the device."""
-        mask, (video, before) = (
-            given["encoder_hidden_states_mask"],
-            self.tokens(transformer, given),
-        )
-        return None if mask is None or video.text != before else prefix_lengths(mask)
+        mask, tokens = given["encoder_hidden_states_mask"], self.tokens(transformer, given)
+        alone = tokens.video.text == tokens.before
+        return prefix_lengths(mask) if mask is not None and alone else None
 
 
 class HiDream(ImageFamily):

@@ -29,6 +29,7 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
     Training,
+    in_sections,
     takes_frames,
 )
 from gen_accel.attention_processors.families.latents import (
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 _SLOW = 16  # frames a second that `fps_embedding` tells from all others, which count as 24
 _IMAGES = "encoder_hidden_states_image"  # argument for CLIP's features
 _FORCING = "Skywork/SkyReels-V2-DF-14B-540P-Diffusers"
+OVERLAP = 17  # frames that SkyReels-V2 goes on from, as its authors advise
+_WINDOW = 97  # frames that its pipelines make at once
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
 _SMALL = 16  # channels of the tiny model
 # The 5B model of Wan 2.2, known by the channels of its latents: `frame_num` in
@@ -543,6 +546,13 @@ def _in_tokens(
     return noisy, times.repeat_interleave(rows * columns, 1), rest
 
 
+def _overlapping(pipe: Model, frames: int, given: Given) -> tuple[Given, int]:
+    """A video that is longer than a window goes on from the end of the one before."""
+    window = given.get("base_num_frames", _WINDOW)
+    is_long = frames > window and given.get("overlap_history") is None
+    return {"overlap_history": OVERLAP} if is_long else {}, frames
+
+
 class SkyReels(WanTrained):
     """Tokens are those of Wan. Diffusion forcing gives each frame a timestep of its own, (B,
     frames); in causal blocks (`num_frame_per_block` above 1) it also hides later frames by a mask,
@@ -580,7 +590,9 @@ class SkyReels(WanTrained):
             fits=one_or_two,
             model="Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
         ),
-        "SkyReelsV2DiffusionForcingPipeline": PipelineInputs("skyreels df", model=_FORCING),
+        "SkyReelsV2DiffusionForcingPipeline": PipelineInputs(
+            "skyreels df", model=_FORCING, length=_overlapping
+        ),
         "SkyReelsV2DiffusionForcingImageToVideoPipeline": PipelineInputs(
             "skyreels df",
             text=False,
@@ -588,6 +600,7 @@ class SkyReels(WanTrained):
             last_image="last_image",
             joins=True,
             model=_FORCING,
+            length=_overlapping,
         ),
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline": PipelineInputs(
             "skyreels df",
@@ -691,6 +704,9 @@ class ChronoEdit(WanCalls):
         return "ChronoEdit leaves out all frames but the first and the last on the way"
 
 
+_CHUNKS = in_sections("num_latent_frames_per_chunk")
+
+
 class Helios(WanBlocks):
     """Video is made chunk after chunk. Tokens are the history, the oldest first, and then the
     chunk, all in one attention. Old frames have coarser patches, and recent ones stand beside the
@@ -703,9 +719,11 @@ class Helios(WanBlocks):
     attention = Attention(text="before")
     presets = {"Helios-Base": PublishedModel(14.3)}
     pipelines = {
-        "HeliosPipeline": PipelineInputs("helios", image="image", video="video", role="prolonged"),
+        "HeliosPipeline": PipelineInputs(
+            "helios", image="image", video="video", role="prolonged", length=_CHUNKS
+        ),
         "HeliosPyramidPipeline": PipelineInputs(
-            "helios pyramid", image="image", video="video", role="prolonged"
+            "helios pyramid", image="image", video="video", role="prolonged", length=_CHUNKS
         ),
     }
 

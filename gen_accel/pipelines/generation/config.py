@@ -531,6 +531,14 @@ class GenerateConfig(
         (("image_prompt",), ("image_mask",)),
     )
 
+    call: tuple[str, ...] = option(
+        (),
+        "Clip",
+        "Argument of the pipeline's own call that no other option sets, as ar_step=5; may be "
+        "repeated.",
+        metavar="NAME=VALUE",
+        form="Argument of the pipeline's own call, as ar_step=5.",
+    )
     from_lora: Path | None = option(
         None,
         "Attention",
@@ -808,7 +816,7 @@ class GenerateConfig(
         if self.sampler == "unipc":
             raise ValueError("a stream is sampled by euler or lcm, got --sampler unipc")
         unfit = ("prompts", "preset", "cache", "compare", "preview", "save_latents", "image")
-        unfit += ("last_image", "video", "image_prompt", "ray", "dense_noise")
+        unfit += ("last_image", "video", "image_prompt", "ray", "dense_noise", "call")
         extended = ("extend",) if self.techniques else ()  # "none" is no technique
         for name in (*extended, *filter(self.is_given, unfit)):
             flag = f"--{name.replace('_', '-')}"

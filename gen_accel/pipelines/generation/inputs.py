@@ -4,14 +4,18 @@ A function that `PipelineInputs.by` names makes the arguments of its classes.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, get_origin
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from PIL import Image
 
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
+from gen_accel.attention_processors.families.wan import OVERLAP
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
 from gen_accel.io import contents_sha256
 from gen_accel.measure.video_io import (
@@ -28,6 +33,7 @@ from gen_accel.measure.video_io import (
     read_stream,
     video_fps,
 )
+from gen_accel.parsing import fits, members, shown, written_type
 from gen_accel.paths import adapter_named, expanded
 from gen_accel.pipelines.generation.config import (
     Clip,
@@ -38,6 +44,7 @@ from gen_accel.pipelines.generation.config import (
 )
 from gen_accel.pipelines.generation.decode import on_its_device
 from gen_accel.pipelines.generation.sampling import (
+    ARGUMENTS,
     AnyClip,
     CallArguments,
     default_of,
@@ -48,12 +55,12 @@ from gen_accel.pipelines.generation.sampling import (
 from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
+from gen_accel.registry import nearest_to
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 SAID = 0.01  # least share of a picture whose loss is said
-OVERLAP = 17  # frames that SkyReels-V2 goes on from, as its authors advise
 GREY = 128  # of the frames that VACE makes
 
 REMADE = ("remade", "control")  # roles of a video in which each frame answers to one of its own
@@ -282,6 +289,79 @@ def fit(
     return clip, CallArguments(arguments, fitted.share, tuple(fitted.told))
 
 
+# Set by other options, or by `denoise`.
+_SET = {*ARGUMENTS.values(), "prompt", "strength", "fps", "frame_rate", "video_length"}
+_SET |= {"output_type", "return_dict", "num_videos_per_prompt"}
+_SET |= {"callback_on_step_end_tensor_inputs"}
+_PLAIN = (bool, int, float, str, list, types.NoneType)
+
+
+def own_arguments(kind: type, words: Sequence[str]) -> dict[str, object]:
+    """Read "name=value" each, of arguments of a pipeline's call that no other option sets. Values
+    are words, or JSON.
+
+    Args:
+        kind: class of the pipeline.
+
+    Raises:
+        ValueError: an argument that it has not, or that is no number, word or list; a value of
+            another type.
+    """
+    known, found = dict[str, tuple[object, object]](), dict[str, object]()
+    for name, one in inspect.signature(kind.__call__).parameters.items():
+        hint = type(one.default) if isinstance(one.annotation, str) else one.annotation
+        plain = (get_origin(each) or each for each in members(hint))
+        if name not in _SET and all(each in _PLAIN or _is_enum(each) for each in plain):
+            known[name] = hint, one.default
+    for word in words:
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or name not in known:
+            hint = nearest_to(name, [*known])
+            raise ValueError(
+                f"call is NAME=VALUE of what {kind.__name__} takes beside all that other options "
+                f"set: {', '.join(known) or 'nothing'}; got {shown(word)}{hint}"
+            )
+        hint, default = known[name]
+        value: object = text
+        if isinstance(default, Enum):
+            options = {str(each.value): each for each in type(default)}
+            right, value = " or ".join(options), options.get(text)
+        else:
+            right = written_type(hint)
+            with suppress(ValueError):
+                value = text if str in members(hint) else json.loads(text)
+        is_list = isinstance(value, list) or not isinstance(default, list)
+        if value is None or not (is_list and fits(value, hint)):
+            raise ValueError(f"{name} of {kind.__name__} must be {right}, got {shown(text)}")
+        found[name] = value
+    return found
+
+
+def _is_enum(hint: object) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Enum)
+
+
+def in_length(
+    pipe: "DiffusionPipeline",
+    frames: int | None,
+    given: CallArguments | None,
+    own: Mapping[str, object],
+) -> CallArguments | None:
+    """Add a pipeline's own arguments, and those that the number of frames asks for, to the
+    arguments of its call. ValueError for a number that it cannot make."""
+    row, values = takes(type(pipe).__name__), {} if given is None else given.values
+    told = () if given is None else given.told
+    values = {**values, **own}
+    if row is not None and frames is not None:
+        added, made = row.length(pipe, frames, values)
+        values |= added
+        if made != frames:
+            told = (*told, f"{type(pipe).__name__} makes {made} frames where {frames} are asked")
+    if not values and not told:
+        return given
+    return CallArguments(values, 1.0 if given is None else given.shortened, told)
+
+
 class _Fitted:
     """Frames of the size of a clip, as the functions of `PipelineInputs.by` take them.
 
@@ -479,6 +559,16 @@ def overlapping(given: _Fitted) -> dict[str, object]:
     return {"video": given.video, "overlap_history": min(OVERLAP, most)}
 
 
+def in_tensor(given: _Fitted) -> dict[str, object]:
+    """A picture, or a video as far as whole latents hold its frames, (1, F, 3, H, W) in [0, 1]."""
+    first, step = _lengths(given.pipe)
+    frames = given.video or [*given.pictures.values()]
+    if spare := (len(frames) - first) % step:
+        given.told.append(f"the video has {len(frames)} frames: all but the last {spare} are used")
+    held = frames[: len(frames) - spare]
+    return {given.row.video: torch.stack([*map(_floats, held)])[None]}
+
+
 def vace(given: _Fitted) -> dict[str, object]:
     """Frames with a mask: black frames of the mask are kept, white ones are made by what they
     show, grey where they show nothing."""
@@ -567,5 +657,6 @@ def minimax_h3(given: _Fitted) -> dict[str, object]:
 
 
 BY: dict[str, Callable[[_Fitted], dict[str, object]]] = {
-    one.__name__: one for one in (plain, overlapping, vace, inpainted, ltx, ltx2, minimax_h3)
+    one.__name__: one
+    for one in (plain, overlapping, in_tensor, vace, inpainted, ltx, ltx2, minimax_h3)
 }

@@ -48,8 +48,10 @@ from gen_accel.pipelines.generation.inputs import (
     check_length,
     fit,
     identity,
+    in_length,
     open_files,
     open_image_prompt,
+    own_arguments,
 )
 from gen_accel.pipelines.generation.loading import find_device, needed_parts
 from gen_accel.pipelines.generation.lora_words import names_of
@@ -236,6 +238,9 @@ class GenerationPlan:
         if config.stream:
             return replace(self, config=stream_clip(pipe, config))
         config = filled(pipe, config, () if arguments is None else arguments.values)
+        arguments = in_length(
+            pipe, config.frames, arguments, own_arguments(type(pipe), config.call)
+        )
         method, schedule, preset = self.method, self.schedule, self.preset
         if preset is not None:
             call = _call_of(config.frames, config.height, config.width, steps)
@@ -321,7 +326,10 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
     if index_in(folder) is not None:  # a model on the hub is left to `load`
         if config.quantize is not None:
             check_plain(folder, config.quantize)
-        row = takes(choose_in(folder, config.kinds, strength=config.strength is not None))
+        kind = choose_in(folder, config.kinds, strength=config.strength is not None)
+        row = takes(kind)
+        if config.call:
+            own_arguments(pipeline_class(kind), config.call)
         if row and files and files.video and (frames := config.frames):
             has = sum(1 for _ in files.video.frames(frames))
             check_length(files.video, has, frames, row, config.strength)
@@ -567,6 +575,8 @@ def _request(plan: GenerationPlan) -> dict[str, object]:
     for name in ("quantize", "cache"):
         if (value := getattr(config, name)) is not None:
             request[name] = value
+    if config.call:
+        request["call"] = [*config.call]
     if plan.files is not None:
         request["given"] = plan.files.identity()
     if config.compare:  # its report states how long it took

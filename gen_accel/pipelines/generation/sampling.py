@@ -292,12 +292,12 @@ def denoise(
         total = max(1, int(len(pipe.scheduler.timesteps) * inputs.shortened))
         if step == 0 and (said := wasted_step(pipe.scheduler)):
             warnings.warn(said, stacklevel=2)
-        if step == total - 1:
+        if step >= total - 1:  # diffusion forcing makes more than the scheduler has
             marks.append(_now(pipe))
         if watch is not None:
             watch(tensors["latents"])
         if tick is not None:
-            tick(step + 1, total)
+            tick(min(step + 1, total), total)
         return tensors
 
     if "callback_on_step_end" in known:
