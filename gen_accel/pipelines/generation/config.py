@@ -765,6 +765,9 @@ class GenerateConfig(
         check_length(self.frames, self.seconds)
         self._check_stream()
         self.check_method(self.steps)
+        for word in self.call:
+            if "=" not in word:
+                raise ValueError(f"call is NAME=VALUE, as ar_step=5, got {shown(word)}")
         for what, kernel in (("kernel", self.kernel), ("dense_kernel", self.dense_kernel)):
             if kernel not in (None, OWN):
                 registry.check_kernel(kernel, what)

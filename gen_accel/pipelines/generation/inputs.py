@@ -314,8 +314,8 @@ def own_arguments(kind: type, words: Sequence[str]) -> dict[str, object]:
         if name not in _SET and all(each in _PLAIN or _is_enum(each) for each in plain):
             known[name] = hint, one.default
     for word in words:
-        name, equals, text = (part.strip() for part in word.partition("="))
-        if not equals or name not in known:
+        name, _, text = (part.strip() for part in word.partition("="))
+        if name not in known:
             hint = nearest_to(name, [*known])
             raise ValueError(
                 f"call is NAME=VALUE of what {kind.__name__} takes beside all that other options "

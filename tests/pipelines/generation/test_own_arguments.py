@@ -53,7 +53,7 @@ def test_arguments_are_read_by_the_signature(kind, words, found):
     ("kind", "word", "said"),
     [
         (FORCING, "ar_stp=5", "got 'ar_stp=5'; did you mean 'ar_step'?"),
-        (FORCING, "ar_step", "got 'ar_step'"),
+        (FORCING, "ar_step=", "must be int, got ''"),
         (FORCING, "ar_step=x", "ar_step of SkyReelsV2DiffusionForcingPipeline must be int, got"),
         (FORCING, "num_frames=9", "that other options set: overlap_history, addnoise_condition,"),
         (HeliosPipeline, "history_sizes=5", "history_sizes of HeliosPipeline must be list, got"),
