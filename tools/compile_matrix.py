@@ -75,13 +75,13 @@ TYPES = {
     **{"ints": "*i8", "halves": "*fp16", "steps": "*fp32", "powers": "*fp32"},
     **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
     **{"acc": "*fp32", "picked": "*i16", "keys": "*i32", "upper": "*i64", "count": "*i64"},
-    **dict.fromkeys(("scale", "eps"), "fp32"),
-    **dict.fromkeys(("kept", "joint", "joint_lse", "dkept", "dlse", "held", "bias"), "*fp32"),
+    **dict.fromkeys(("scale", "factor", "eps"), "fp32"),
+    **dict.fromkeys(("joint", "held", "bias"), "*fp32"),
     **dict.fromkeys(("dmeans", "dbias", "shifts", "spreads", "wide_means"), "*fp32"),
     **dict.fromkeys(("dk_sums", "dv_sums", "dweight_sums", "dweight_parts"), "*fp32"),
     **dict.fromkeys(("rise", "drise", "curves", "dcurves", "key_means", "squares"), "*fp32"),
     **dict.fromkeys(("times", "totals", "mean", "sums", "dweight"), "*fp32"),
-    **dict.fromkeys(("parts", "dtotal", "common", "of_rest", "low_lse"), "*fp32"),
+    **dict.fromkeys(("parts", "common", "low_lse"), "*fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y", "dx")
 INPUTS += tuple(f"packed_{name}" for name in ("x", "y", "q", "grad"))
@@ -140,15 +140,18 @@ class Usage(NamedTuple):
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Yield every kernel; kernels that evaluate a rule once for each rule, with and without a
-    gain."""
-    for kind, rule, gain in product(block_sparse.KERNELS, RULES, (False, True)):
+    """Yield every kernel; kernels that evaluate a rule once for each rule, plainly and with
+    a gain; the forward pass that goes on with a rest, whose loops are those without, once."""
+    for kind, rule, form in product(block_sparse.KERNELS, RULES, ("", "gain", "begun")):
+        gain = form == "gain"
+        if form == "begun" and not (kind.endswith("forward") and rule == "none"):
+            continue
         row = configs.row(kind, rule != "none" or gain)
         facts = arch, row, D, dtype, block, block, gain
         if kind.startswith(configs.ROUNDING) and arch not in configs.ROUNDED:
             continue
         if kind not in block_sparse.PACKED or configs.packs(*facts):
-            yield _sparse_case(arch, D, dtype, block, kind, rule, gain)
+            yield _sparse_case(arch, D, dtype, block, kind, rule, form)
     dim = configs.dims(D)
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     if arch in configs.PACKED and dtype != torch.float32:
@@ -172,20 +175,22 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
 
 
 def _sparse_case(
-    arch: str, D: int, dtype: torch.dtype, block: int, kind: str, rule: str, gain: bool
+    arch: str, D: int, dtype: torch.dtype, block: int, kind: str, rule: str, form: str
 ) -> Case:
+    gain = form == "gain"
     row = configs.row(kind, rule != "none" or gain)
     config = configs.cut(row, configs.from_table(arch, row, D, dtype, block, gain), block)
     sizes = configs.sizes(kind, config, block, block)
     depth = configs.depth(kind, D)
     if kind.endswith("forward"):
         sizes["WIDTH"] = configs.width(arch, config, depth, packed=kind in block_sparse.PACKED)
+        sizes["BEGUN"] = form == "begun"
     own, loop = (sizes["TILE_N"], sizes["TILE_M"])[:: 1 if configs.of_keys(kind) else -1]
     keys = loop * sizes.get("LOADS", 1)
     products = {"forward": 2, "dq": 3, "dkdv": 4}[kind.split()[-1]]
     limited = kind == "packed forward" and not gain and _release() >= (3, 9)
     return Case(
-        f"{kind} {rule}{' gain' if gain else ''}",
+        f"{kind} {rule} {form}".strip(),
         block_sparse.KERNELS[kind],
         {
             **{"D": D, "BLOCK_D": configs.padded_dim(depth)},
@@ -282,9 +287,6 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
     """Yield kernels of the rest, over as many columns as tiles are long, and more."""
     dim = configs.dims(D)
     yield Case("rest common", rest_columns.common_kernel, {**dim, "SOME": configs.SOME}, 4, 3)
-    yield Case(
-        "rest shares", rest_backward.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1
-    )
     around_keys = (("forward", "dq", "dkdv"), (False,), (False,))
     around_queries = (("forward", "dq", "dpooled"), (True,), (False, True))
     for kind, centred, curved in (*product(*around_keys), *product(*around_queries)):
@@ -304,6 +306,7 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
             keys, products = config.tile_n, 3
         if kind == "forward":
             constants["WIDTH"], products = configs.width(arch, config, D), 2
+            constants["SLOPED"] = True
             shuffles = _exchanges(arch, kind, config, dtype)
             shuffles += (1 + curved) * config.tile_n // 4  # for biases and variances
         yield Case(
@@ -370,8 +373,7 @@ def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[
     part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
     part_tile, tile = configs.part_tile(arch, dtype, block), configs.tile(block, config.tile)
     for kind, rows, flags in (
-        ("parts", part_tile, {**part, "WEIGHED": False}),
-        ("parts", part_tile, {**part, "WEIGHED": True}),
+        ("parts", part_tile, part),
         ("add", tile, {"CENTRED": True}),
         ("queries_backward", tile, {"CENTRED": True}),
         ("keys_backward", tile, {"TRANSPOSED": False}),

@@ -268,7 +268,7 @@ def _run(
                         # with the kernel that ran.
                         beside = name if passed else kernel
                         out, total = pooled_rest.attention(
-                            chosen.forward_lse, q, k, v, plan, scale=scale, kernel=beside
+                            chosen, q, k, v, plan, scale=scale, kernel=beside
                         )
                     if self_check is not None:
                         self_check.check(q, k, v, plan, out, scale=scale, name=name, kernel=chosen)

@@ -188,6 +188,26 @@ class Kernel:
         """
         raise NotImplementedError
 
+    def continued(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+    ) -> bool:
+        """Go on with a softmax over other keys: write over its output, in q's dtype, and its
+        log-sum-exp those over all keys. Without a gradient, and of plans that `unsupported` lets
+        pass.
+
+        Returns:
+            False where nothing was done, as the kernel cannot.
+        """
+        return False
+
     def place(self, facts: Facts) -> AutoPlace | None:
         """Place in the order of "auto", or None if "auto" does not take the kernel."""
         return None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Context
+from gen_accel.kernels.base import Context, Kernel
 from gen_accel.kernels.dispatch import native_serves, triton_serves
 from gen_accel.kernels.native import curve as native_curve
 from gen_accel.kernels.native import rest as native
@@ -38,7 +38,7 @@ class Curve(NamedTuple):
 
 
 def attention(
-    forward_lse: Callable[..., tuple[Tensor, Tensor]],
+    chosen: Kernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -51,7 +51,7 @@ def attention(
     calls are computed some heads at a time.
 
     Args:
-        forward_lse: function of a kernel that takes no rest; see `base.Kernel`.
+        chosen: a kernel that takes no rest.
         plan: a plan with a rest.
         kernel: name that decides what adds the rest: the kernel's own, or "auto".
 
@@ -62,9 +62,15 @@ def attention(
     if native_runs and native.in_one_pass(q, k, v, plan, scale):
         return native.attention(q, k, v, plan, scale=scale)
     H, step = q.shape[1], _heads_at_once(q, k, v, plan)
+    runs_triton = triton_serves(kernel, q, q.shape[3])
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        out, lse = forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
+        if runs_triton:
+            from gen_accel.kernels.triton import rest as by_triton  # imports triton
+
+            curve = curve_of(q, k, plan, scale, kernel)
+            return by_triton.attention(chosen, q, k, v, plan, curve, scale=scale)
+        out, lse = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
         joint, total = added(out, lse, q, k, v, plan, scale=scale, kernel=kernel)
         return joint.to(q.dtype), total
 
@@ -113,17 +119,14 @@ def added(
     curve = curve_of(q, k, plan, scale, kernel)
     if native_serves(kernel, q, k, v):
         return native.added(out, lse, q, k, v, plan, curve, scale=scale)
-    add, add_slope = plain, plain_slope
     if triton_serves(kernel, q, q.shape[3]):
-        # They import triton.
-        from gen_accel.kernels.triton import rest as by_triton
-        from gen_accel.kernels.triton import slope as slope_by_triton
+        from gen_accel.kernels.triton import rest as by_triton  # imports triton
 
-        add, add_slope = by_triton.added, slope_by_triton.added
-    joint, total = add(out, lse, q, k, v, plan, curve, scale=scale)
+        return by_triton.added(out, lse, q, k, v, plan, curve, scale=scale)
+    joint, total = plain(out, lse, q, k, v, plan, curve, scale=scale)
     assert plan.rest is not None
     if plan.rest.order != "zeroth":
-        joint = add_slope(joint, lse, total, q, k, v, plan, scale=scale)
+        joint = plain_slope(joint, lse, total, q, k, v, plan, scale=scale)
     return joint, total
 
 

@@ -5,12 +5,12 @@ A kernel takes the longest of its products, its bytes from memory and its bytes 
 cache, plus a moment to start. With N tokens and head dim D, Kq query and Kk key blocks:
 
     kept          4 density N N D products; K and V once from memory, once a query block from cache
-    around keys   4 N Kk D products; K and V once, the output of the kept keys read and written; a
-                  start for the common key of a head, as around queries
+    around keys   4 N Kk D products; K and V once, the output, which the kept keys go on from,
+                  written and read; a start for the common key of a head, as around queries
     around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written and
                   read again, in chunks that the cache holds or, if they must be larger to fill the
                   card, in memory
-    first order   4 N D D, to make a slope of K and V and to apply it to each query
+    first order   4 N D D, to make a slope of K and V and, with the columns, to apply it
 
 Nothing here is measured: rates are from the makers' data sheets, times the share of them that
 attention reaches. A device without a row is judged by its products alone.
@@ -162,19 +162,18 @@ def around_queries(problem: Problem, pooling: Pooling) -> list[KernelWork]:
 
 def first_order(problem: Problem) -> list[KernelWork]:
     """List the work that the first order adds to either centre: the slope in parts, their sum, and
-    its product with each query. K and Q are read once more from the cache for means, and so is the
-    slope for each query block."""
+    its product with each query, of the kernel over the columns. K is read once more from the cache
+    for means, and so is the slope for each query block."""
     heads, N, D = problem[:3]
     flops = MULTIPLY_ADD * heads * N * D * D
-    one, wide = problem.one, problem.one * 4 / problem.size
+    one = problem.one
     rows = configs.part_blocks(D, problem.block_k) * problem.block_k
     parts = 4 * heads * D * D * math.ceil(N / rows)
     slopes = problem.blocks[0] * heads * D * D * problem.size
     return [
         KernelWork(flops, 2 * one + parts, 3 * one + parts),
         KernelWork(0, parts, parts, launches=2),
-        # The previous output is fp32, the new one has q's dtype.
-        KernelWork(flops, 2 * one + wide, 3 * one + wide + slopes),
+        KernelWork(flops, 0, slopes, launches=0),
     ]
 
 
@@ -208,8 +207,8 @@ def _share(problem: Problem) -> float:
 def _columns(problem: Problem, cache: float) -> KernelWork:
     heads, N, D = problem[:3]
     flops = 2 * MULTIPLY_ADD * heads * N * problem.blocks[1] * D
-    # q, and the output before and after in fp32
-    return KernelWork(flops, problem.one + 2 * problem.one * 4 / problem.size, cache)
+    # q, and the output, which the kept keys read
+    return KernelWork(flops, 3 * problem.one, cache)
 
 
 def seconds(works: list[KernelWork], card: KernelRates) -> float:

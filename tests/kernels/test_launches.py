@@ -181,7 +181,7 @@ CLIPS += [("Wan 14B, 720p", VideoShape(21, 45, 80), 40, 128, 220, 1e9)]
 )
 def test_chunks_of_a_rest_fill_an_h100(video, heads, block_q, most, held, monkeypatch):
     """Both kernels of a chunk have a program for each place on the card; launches are few, and so
-    are bytes."""
+    are bytes. No output in fp32 lies between the rest and the kept keys."""
     size = configs.CardSize(132, 50 << 20)
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(configs, "card_size", lambda device: size)
@@ -193,6 +193,10 @@ def test_chunks_of_a_rest_fill_an_h100(video, heads, block_q, most, held, monkey
 
     def watched(kernel, grid, x, *arguments, **options):
         places = size.processors * max(1, configs.WARPS // options["num_warps"])
+        if kernel.__name__ == "columns_forward_kernel":
+            rows = [x for x, *_ in filter(lambda x: isinstance(x, tuple), arguments)]
+            assert {x.dtype for x in rows} == {torch.bfloat16}
+            assert options["SLOPED"]
         if kernel.__name__ in ("pool_kernel", "columns_forward_kernel"):
             programs.append(math.prod(grid) / places)
         note(kernel, grid, x, *arguments, **options)

@@ -49,6 +49,16 @@ def int8(device):
     return of_plan(device, of)
 
 
+def continued(device):
+    def of(plan, qkv):
+        made = lists.prepare(plan)
+        given = made.slots, made.rows, made.row_counts, made.rule, made.gain
+        sizes = plan.block_q, plan.block_k, made.raster, 0.3, False
+        return qkv[0].flip(2), torch.zeros(qkv[0].shape[:3], device=device), *qkv, *given, *sizes
+
+    return of_plan(device, of)
+
+
 def gathered(device):
     plan = routed_plan(device, 1, HEADS, BLOCK, BLOCK)
     route = plan.partial
@@ -59,10 +69,10 @@ def gathered(device):
 def rest(device):
     def make(plan, qkv):
         q = qkv[0]
-        rows = torch.zeros(q.shape[:3], device=device), q[:, :, 0].square() + 1
+        rise, weight = torch.ones(q.shape[:3], device=device), q[:, :, 0].square() + 1
         keep = plan.keep.expand(*q.shape[:2], -1, -1)
-        given = keep, plan.slots_int32, *plan.held, rows[0] + 1, rows[1]
-        return q.flip(2), rows[0], *qkv, *given, BLOCK, BLOCK, True, 0.3
+        given = keep, plan.slots_int32, *plan.held, rise, weight, None
+        return *qkv, *given, BLOCK, BLOCK, True, 0.3, 0.01
 
     return of_plan(device, make)
 
@@ -77,10 +87,13 @@ def curve(device):
 
 def slope(device):
     def make(plan, qkv):
-        lse = torch.zeros(qkv[0].shape[:3], device=device)
-        return qkv[0].flip(2), lse, lse + 0.5, *qkv, plan.slots_int32, BLOCK, BLOCK, True, 0.01
+        return qkv[0].flip(2), *qkv, plan.slots_int32, BLOCK, BLOCK, True, 0.01
 
     return of_plan(device, make)
+
+
+def slope_state(device):
+    return of_plan(device, lambda plan, qkv: (*qkv[1:], plan.slots_int32, BLOCK))
 
 
 def linear(device):
@@ -116,11 +129,12 @@ def least_taken(device):
 TABLE = {
     "triton_attention": (attention, True),
     "triton_int8": (int8, False),
+    "triton_continued": (continued, False),
     "triton_gathered": (gathered, True),
     "triton_rest": (rest, True),
-    "triton_rest_in_place": (rest, False),
     "triton_curve": (curve, True),
     "triton_slope": (slope, True),
+    "triton_slope_state": (slope_state, False),
     "triton_linear_sets": (linear, True),
     "triton_spread": (spread, False),
     "triton_block_sums": (block_sums, False),

@@ -147,9 +147,7 @@ def test_the_log_sum_exp_matches_the_reference(options, keys, qkv, monkeypatch):
 def test_a_rest_is_added(asked, qkv):
     plan = random_plan("cpu", heads=2, rest=RESTS[asked])
     inputs = [x.cpu() for x in qkv(plan.tokens)]
-    found = rest.attention(
-        xformers.kernel.forward_lse, *inputs, plan, scale=0.3, kernel="xformers"
-    )
+    found = rest.attention(xformers.kernel, *inputs, plan, scale=0.3, kernel="xformers")
     low = reference.kernel.forward_lse(*inputs, plan, scale=0.3)
     exact = reference.kernel.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
     for three in zip(found, low, exact, strict=True):

@@ -78,5 +78,41 @@ class TritonKernel(Kernel):
             return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
         return block_sparse.attention(q, k, v, *prepare(plan), scale, wide=wide)
 
+    def continued(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+    ) -> bool:
+        from gen_accel.kernels.triton import gathered  # imports triton
+
+        return not gathered.serves(plan) and continued(q, k, v, plan, out, lse, scale=scale)
+
+
+def continued(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    rounds: bool = False,
+) -> bool:
+    """Run `Kernel.continued` block by block, with products of 8 bits if it `rounds`."""
+    from gen_accel.kernels.triton import block_sparse  # imports triton
+
+    made = prepare(plan)
+    lists = made.slots, made.rows, made.row_counts, made.rule, made.gain
+    numbers = made.block_q, made.block_k, made.raster, scale, rounds
+    block_sparse.continued(out, lse, q, k, v, *lists, *numbers)
+    return True
+
 
 kernel = TritonKernel()

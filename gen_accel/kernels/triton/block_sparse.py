@@ -41,6 +41,7 @@ def launch_over(
     block_k: int,
     scale: float,
     config: configs.LaunchConfig | None = None,
+    begun: bool = False,
 ) -> None:
     """Run one of KERNELS over the rows of `lists`.
 
@@ -49,6 +50,7 @@ def launch_over(
             by descriptor.
         lists: slots, index and counts.
         config: by default the choice of `configs.choose`.
+        begun: whether a forward pass goes on with the output and the log-sum-exp that are there.
     """
     packed = PACKED.get(kind, ())
     q = next(x for i, x in enumerate(tensors) if i not in packed)
@@ -64,6 +66,7 @@ def launch_over(
     if kind.endswith("forward"):
         arch = configs.architecture(slots.device)
         sizes["WIDTH"] = configs.width(arch, config, depth, packed=bool(packed))
+        sizes["BEGUN"] = begun
     block, tile, load = block_q, sizes["TILE_M"], sizes["TILE_N"]
     if configs.of_keys(kind):
         block, tile, load = block_k, load, tile
@@ -153,13 +156,33 @@ def attention(
     q, k, v = (rowwise(x) for x in (q, k, v))
     out = empty_out(q, wide)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    lists = slots, rows, row_counts
+    numbers = rule, gain, block_q, block_k, raster, scale
+    _forward(q, k, v, out, lse, (slots, rows, row_counts), *numbers)
+    return out, lse
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    raster: bool,
+    scale: float,
+    *,
+    begun: bool = False,
+) -> None:
+    """Write the output and the log-sum-exp."""
     how = way("forward", (k, v), lists, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
-        k, v = packing.pack(k, v, slots, raster)
-    tensors = q, k, v, out, lse
-    launch_over(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
-    return out, lse
+        k, v = packing.pack(k, v, lists[0], raster)
+    given = (q, k, v, out, lse), lists, rule, gain, block_q, block_k, scale
+    launch_over(how + "forward", *given, begun=begun)
 
 
 @attention.register_fake
@@ -185,16 +208,71 @@ def int8_attention(
     """Run `attention` with products of 8 bits, see `int8_forward`."""
     q, k, v = (rowwise(x) for x in (q, k, v))
     out, lse = empty_out(q, wide), q.new_empty(q.shape[:3], dtype=torch.float32)
-    ints, halves, *others = rounded(k, v)
-    tensors, lists = (q, ints, halves, out, lse, *others), (slots, rows, row_counts)
-    kind = configs.ROUNDING + "forward"
-    launch_over(kind, tensors, lists, rule, gain, block_q, block_k, scale)
+    lists = slots, rows, row_counts
+    _int8_forward(q, k, v, out, lse, lists, rule, gain, block_q, block_k, scale)
     return out, lse
+
+
+def _int8_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    *,
+    begun: bool = False,
+) -> None:
+    ints, halves, *others = rounded(k, v)
+    tensors, kind = (q, ints, halves, out, lse, *others), configs.ROUNDING + "forward"
+    launch_over(kind, tensors, lists, rule, gain, block_q, block_k, scale, begun=begun)
 
 
 @int8_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *given: object) -> tuple[Tensor, Tensor]:
     return empty_out(rowwise(q), bool(given[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gen_accel::triton_continued", mutates_args=("out", "lse"))
+def continued(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    row_counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    raster: bool,
+    scale: float,
+    rounds: bool,
+) -> None:
+    """Go on with the softmax over other keys that gave `out`, in q's dtype, and `lse`, and write
+    both over. Without a gradient.
+
+    Args:
+        rounds: multiply in 8 bits.
+    """
+    tensors = *(rowwise(x) for x in (q, k, v)), out, lse
+    given = *tensors, (slots, rows, row_counts), rule, gain, block_q, block_k
+    if rounds:
+        _int8_forward(*given, scale, begun=True)
+    else:
+        _forward(*given, raster, scale, begun=True)
+
+
+@continued.register_fake
+def _(out: Tensor, lse: Tensor, *given: object) -> None:
+    return None
 
 
 @torch.library.custom_op("gen_accel::triton_attention_backward", mutates_args=())

@@ -123,6 +123,8 @@ WITH_GAIN = {
     ("sm_86", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_89", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_120", 128, "int8 forward", False): _C(64, 32, 4, 1),
+    ("sm_86", 128, "int8 forward", False): _C(64, 32, 4, 2),
+    ("sm_89", 128, "int8 forward", False): _C(64, 32, 4, 2),
     ("sm_90", 64, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_90", 128, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_100", 128, "packed dq", False): _C(64, 64, 4, 2),
@@ -156,6 +158,8 @@ ROUNDED = {
         256: (_C(32, 32, 8, 1),),
     },
 }
+for _arch in ("sm_86", "sm_89"):
+    ROUNDED[_arch] = {**ROUNDED["sm_120"], 128: (_C(64, 32, 4, 3),)}
 
 MOST_SUMMED = max(row[0].tile_n for row in ROUNDED["sm_120"].values())  # keys, in fp16
 
@@ -186,6 +190,7 @@ COLUMNS = {
     ("sm_90", 64, "dkdv"): _C(64, 64, 4, 1),
     ("sm_90", 128, "dpooled"): _C(16, 128, 8, 2),
     ("sm_100", 128, "forward"): _C(128, 64, 8, 2),
+    ("sm_120", 64, "forward"): _C(64, 32, 4, 2),
     ("sm_120", 128, "dpooled"): _C(64, 64, 8, 1),
     ("sm_86", 128, "dpooled"): _C(64, 64, 8, 2),
     ("sm_89", 128, "dpooled"): _C(64, 64, 8, 2),
@@ -244,6 +249,7 @@ WITH_CURVE = {
     ("sm_86", 128, "dpooled"): _C(32, 32, 4, 1),
     ("sm_89", 128, "dpooled"): _C(32, 32, 4, 1),
     ("sm_120", 64, "dpooled"): _C(64, 32, 4, 1),
+    ("sm_120", 64, "forward"): _C(64, 64, 4, 3),
     ("sm_120", 64, "pool"): _C(32, 64, 4, 1),
     ("sm_120", 128, "dpooled"): _C(64, 32, 4, 1),
     ("sm_120", 128, "forward"): _C(64, 32, 4, 1),

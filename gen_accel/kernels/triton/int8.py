@@ -47,6 +47,19 @@ class TritonInt8(Kernel):
         sizes = plan.block_q, plan.block_k, scale, wide
         return block_sparse.int8_attention(q, k, v, *lists, *sizes)
 
+    def continued(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        scale: float,
+    ) -> bool:
+        return triton.continued(q, k, v, plan, out, lse, scale=scale, rounds=True)
+
     def allowance(
         self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *, plan: Plan, scale: float
     ) -> float:

@@ -27,10 +27,9 @@ from gen_accel.kernels import rounding
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import WARPS, launch, rows
 from gen_accel.kernels.triton.rest_columns import common_key, common_of, common_scores
-from gen_accel.kernels.triton.sparse_forward import attend_tiles, own_list
+from gen_accel.kernels.triton.sparse_forward import attend_tiles, begun, ended, own_list
 from gen_accel.kernels.triton.tiles import (
     BITS,
-    LN2,
     NONE,
     SIZES,
     load_rows,
@@ -121,8 +120,8 @@ def int8_forward_kernel(
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
+    BEGUN: tl.constexpr,
 ):
-    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_head = tl.program_id(1).to(tl.int64)
@@ -139,10 +138,14 @@ def int8_forward_kernel(
     given = (b_ints, b_step * scale, b_common, steps + i_head * N)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
-    b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
-    b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
-    b_sum = tl.zeros([TILE_M], tl.float32)
-    b_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    out = of_head(out, i_b, i_h)
+    lse += i_head * N
+    powers += i_head * D
+    b_acc, b_high, b_sum, b_max = begun(out, lse, o_t, D, BLOCK_D, TILE_M, WIDTH, BEGUN)
+    if BEGUN:
+        b_acc = b_acc * _powers(powers, 0, D, WIDTH)
+        b_high = b_high * _powers(powers, WIDTH, D, b_high.shape[1])
+        b_max = b_max if GAIN else b_max - b_common
     operands = (of_head(ints, i_b, i_h), of_head(halves, i_b, i_h), i_b, i_h)
     for WHOLE in tl.static_range(2):  # blocks that need a mask, then the others
         start, stop = masked if WHOLE else 0, total if WHOLE else masked
@@ -152,23 +155,17 @@ def int8_forward_kernel(
             *(D, BLOCK_D, BLOCK_Q, BLOCK_K, TILE_N, WIDTH),
             *(NONE if WHOLE else RULE, AXES, GAIN, not WHOLE, False, True),
         )
-    b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    out = of_head(out, i_b, i_h)
-    powers += i_head * D
-    store_rows(out, o_t, _unscaled(b_acc, b_safe, powers, FIRST, WIDTH), FIRST, WIDTH)
-    if WIDTH < BLOCK_D:
-        b_high = _unscaled(b_high, b_safe, powers + WIDTH, D - WIDTH, WIDTH)
-        store_rows((out[0] + WIDTH, out[1]), o_t, b_high, D - WIDTH, WIDTH)
-    b_lse = b_max if GAIN else b_max + b_common
-    b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_lse + tl.log2(b_safe)) * LN2)
-    tl.store(lse + i_head * N + o_t, b_lse, mask=o_t >= 0)
+    b_acc = b_acc / _powers(powers, 0, D, WIDTH)
+    b_high = b_high / _powers(powers, WIDTH, D, b_high.shape[1])
+    b_max = b_max if GAIN else b_max + b_common
+    ended(out, lse, o_t, b_acc, b_high, b_sum, b_max, D, BLOCK_D, WIDTH)
 
 
 @triton.jit
-def _unscaled(b_acc, b_sum, powers, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_D)
-    b_power = tl.load(powers + o_d, mask=o_d < D, other=1.0)
-    return b_acc / b_sum[:, None] / b_power[None, :]
+def _powers(powers, first, D: tl.constexpr, COUNT: tl.constexpr):
+    """Load COUNT of a head's powers from `first` on, [1, COUNT]; 1 past D."""
+    o_d = first + tl.arange(0, COUNT)
+    return tl.load(powers + o_d, mask=o_d < D, other=1.0)[None, :]
 
 
 def powers_of(v: Tensor) -> Tensor:

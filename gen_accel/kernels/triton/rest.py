@@ -1,11 +1,12 @@
-"""Rest of a plan: the blocks that it does not keep, pooled, in the softmax of the kept keys.
+"""Rest of a plan: attention over the blocks that it does not keep, pooled.
 
-`added` is `gen_accel.kernels.rest.added` for both centres. Around mean keys there is one set of
-columns for a head. Around mean queries there is one for each pair of a head and a query block,
-together more than the size of q. Pairs are processed in chunks that fill the card, see
-`configs.groups_at_once`: one kernel writes the pooled keys and values, and the next one reads
-them. The backward pass computes them again. No atomics: one program alone adds to each sum, in a
-fixed order.
+`pooled` gives its output and log-sum-exp. The kernels of `sparse_forward` begin with them: the
+softmax goes on over the kept keys, and nothing in fp32 lies between. With a gradient, and beside
+other kernels, both outputs are merged. Around mean keys there is one set of columns for a head.
+Around mean queries there is one for each pair of a head and a query block, together more than the
+size of q. Pairs are processed in chunks that fill the card, see `configs.groups_at_once`: one
+kernel writes the pooled keys and values, and the next one reads them. The backward pass computes
+them again. No atomics: one program alone adds to each sum, in a fixed order.
 """
 
 import math
@@ -15,15 +16,72 @@ import torch
 import triton
 from torch import Tensor
 
-from gen_accel.kernels.base import Context, Values
-from gen_accel.kernels.triton import configs
+from gen_accel.kernels.base import Context, Kernel, Values
+from gen_accel.kernels.triton import configs, slope
 from gen_accel.kernels.triton import rest_launches as launches
-from gen_accel.kernels.triton.launch import launch, rows, rowwise
+from gen_accel.kernels.triton.launch import empty_out, launch, rows, rowwise
 from gen_accel.kernels.triton.pooling import spread_kernel
 from gen_accel.kernels.triton.rest_columns import common_of
+from gen_accel.kernels.triton.sparse_backward import delta_of
 from gen_accel.plan import Plan, Slots
 
 HELD = 1 << 30  # bytes of sums that the backward pass holds at once; at least one head's
+
+
+def pooled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    curve: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over the left-out blocks alone, as the plan's rest has them.
+
+    Args:
+        q, k, v: (B, H, N, D).
+        curve: for a rest of the second order, else None.
+
+    Returns:
+        Output, (B, H, N, D) laid out like q, and log-sum-exp, (B, H, N) fp32, differentiable in
+        all tensors. With a gradient the output is fp32, else of q's dtype. A row that leaves
+        nothing out has the log-sum-exp -inf, and an output without meaning.
+    """
+    assert plan.rest is not None
+    keep = plan.keep.expand(*q.shape[:2], -1, -1)
+    around_queries, sloped = plan.rest.centre == "query", plan.rest.order != "zeroth"
+    given = keep, plan.slots_int32, *plan.held, *(curve or (None, None))
+    factor = scale / plan.tokens
+    numbers = plan.block_q, plan.block_k, around_queries, scale, factor
+    leaves = q, k, v, *(curve or ())
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    made = slope.state_of(k, v, plan) if sloped and not grad else None
+    out, lse, _ = torch.ops.gen_accel.triton_rest(q, k, v, *given, made, *numbers, wide=grad)
+    return slope.added(out, q, k, v, plan, scale=scale) if sloped and grad else out, lse
+
+
+def attention(
+    chosen: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    curve: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over the kept keys, by a kernel that takes no rest, and the rest.
+
+    Returns:
+        (B, H, N, D) in q's dtype, and the log-sum-exp of all, (B, H, N) fp32.
+    """
+    made = pooled(q, k, v, plan, curve, scale=scale)
+    if not made[0].requires_grad and chosen.continued(q, k, v, plan.kept, *made, scale=scale):
+        return made
+    kept = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
+    joint, total = _merged(*kept, *made)
+    return joint.to(q.dtype), total
 
 
 def added(
@@ -37,63 +95,24 @@ def added(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Merge the rest, without a slope, into attention over the kept keys.
-
-    Args:
-        out, lse: (B, H, N, D) and (B, H, N) fp32 of the kept keys.
-        curve: for a rest of the second order, else None.
-
-    Returns:
-        Output and log-sum-exp over kept keys and rest, in fp32, differentiable in all tensors. A
-        row that leaves nothing out is unchanged, bit for bit. Without a gradient the output is
-        `out`, written over.
-    """
-    assert plan.rest is not None
-    keep = plan.keep.expand(*q.shape[:2], -1, -1)
-    around_queries = plan.rest.centre == "query"
-    rise, weight = curve or (None, None)
-    given = keep, plan.slots_int32, *plan.held, rise, weight
-    numbers = plan.block_q, plan.block_k, around_queries, scale
-    tensors = out, lse, q, k, v
-    leaves = *tensors, *(curve or ())
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    if not grad and out.dtype == torch.float32 and out.stride(-1) == 1:
-        return out, torch.ops.gen_accel.triton_rest_in_place(*tensors, *given, *numbers)
-    return torch.ops.gen_accel.triton_rest(*tensors, *given, *numbers)
+    """Run `gen_accel.kernels.rest.added`, with a curve for a rest of the second order."""
+    return _merged(out, lse, *pooled(q, k, v, plan, curve, scale=scale))
 
 
-@torch.library.custom_op("gen_accel::triton_rest_in_place", mutates_args=("out",))
-def rest_in_place(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    slots: Tensor,
-    held_q: Tensor,
-    held_k: Tensor,
-    rise: Tensor | None,
-    weight: Tensor | None,
-    block_q: int,
-    block_k: int,
-    around_queries: bool,
-    scale: float,
-) -> Tensor:
-    """Run `rest` with the output written over `out`; return the log-sum-exp."""
-    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
-    return _merge(call, out, lse, out, rise, weight, around_queries)
-
-
-@rest_in_place.register_fake
-def _(out: Tensor, lse: Tensor, *given: object) -> Tensor:
-    return lse.new_empty(lse.shape)
+def _merged(out: Tensor, lse: Tensor, rest: Tensor, rest_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two parts of a softmax. Where the second log-sum-exp is -inf, the first part stays bit
+    for bit, whatever the second one holds."""
+    alone = rest_lse == -torch.inf
+    other = rest_lse.masked_fill(alone, 0.0)
+    joint = torch.logaddexp(lse, other)
+    # Not exp(other - joint), whose error grows with the size of these.
+    share = torch.sigmoid((other - lse).masked_fill(alone, 0.0))[..., None]
+    mixed = torch.lerp(out, rest.to(out.dtype), share)
+    return out.where(alone[..., None], mixed), lse.where(alone, joint)
 
 
 @torch.library.custom_op("gen_accel::triton_rest", mutates_args=())
 def rest(
-    out: Tensor,
-    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -103,68 +122,58 @@ def rest(
     held_k: Tensor,
     rise: Tensor | None,
     weight: Tensor | None,
+    state: Tensor | None,
     block_q: int,
     block_k: int,
     around_queries: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Compute the output, (B, H, N, D) fp32 laid out like `out`, and the log-sum-exp, (B, H, N)
-    fp32.
+    factor: float,
+    *,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the output, (B, H, N, D) laid out like q, the log-sum-exp, and without a gradient
+    the same without the score of the common key, (B, H, N) fp32.
 
     Args:
         keep: (B, H, Kq, Kk) bool.
         slots: (S,) int32, the token of each slot, -1 for padding.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
         rise, weight: fields of a `Curve`, around queries alone.
+        state: H of `slope`, whose slope is added; None for none, and where there is a gradient.
+        factor: of the slope.
+        wide: return the output in fp32.
     """
-    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
-    out = rowwise(out)
-    joint = torch.empty_like(out, dtype=torch.float32)
-    return joint, _merge(call, out, lse, joint, rise, weight, around_queries)
-
-
-def _merge(
-    call: launches.RestCall,
-    out: Tensor,
-    lse: Tensor,
-    joint: Tensor,
-    rise: Tensor | None,
-    weight: Tensor | None,
-    around_queries: bool,
-) -> Tensor:
-    """Write the output over kept keys and rest into `joint`, which may be `out`: one program reads
-    and writes each row. Return the log-sum-exp."""
-    lse = lse.contiguous()
-    total = torch.empty_like(lse)
+    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale, factor)
+    out = empty_out(call.q, wide)
+    lse, low_lse = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
-        launches.forward(call, pooled, out, lse, joint, total)(chunk)
-        return total
+        launches.forward(call, pooled, None, state, out, lse, low_lse)(chunk)
+        return out, lse, low_lse
     if rise is not None and weight is not None:
         call = launches.with_curve(call, rise, weight)
-    means = launches.means_of(call.q, call, call.block_q)
+    means = launches.means_of(call.q, call, call.block_q, torch.float32)
     pooled = launches.room(call)
-    pool = launches.pool(call, means, pooled)
-    forward = launches.forward(call, pooled, out, lse, joint, total)
+    pool = launches.pool(call, means.to(q.dtype), pooled)
+    forward = launches.forward(call, pooled, means, state, out, lse, low_lse)
     for chunk in launches.chunks(call):
         pool(chunk)
         forward(chunk)
-    return total
+    return out, lse, low_lse
 
 
 @rest.register_fake
-def _(out: Tensor, lse: Tensor, *given: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rowwise(out), dtype=torch.float32), lse.new_empty(lse.shape)
+def _(q: Tensor, *given: object, wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    of_rows = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    return empty_out(rowwise(q), wide), *of_rows
 
 
 @torch.library.custom_op("gen_accel::triton_rest_backward", mutates_args=())
 def rest_backward(
     grad: Tensor,
-    grad_total: Tensor,
-    joint: Tensor,
-    total: Tensor,
+    grad_lse: Tensor,
     out: Tensor,
-    lse: Tensor,
+    low_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -178,28 +187,28 @@ def rest_backward(
     block_k: int,
     around_queries: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of out, lse, q, k, v, rise and weight; empty where an input is
-    None."""
-    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
-    grad = rowwise(grad.to(q.dtype))
-    dout, dlse, back = launches.shares(call, grad, grad_total, joint, total, rowwise(out), lse)
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k, v, rise and weight; empty where an input is None."""
+    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale, factor)
+    grad, grad_lse = rowwise(grad.to(q.dtype)), grad_lse.contiguous()
+    delta = delta_of(out, grad, low_lse, grad_lse)
+    back = launches.RestGrads(grad, grad_lse, low_lse, delta)
     dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
-    drise, dweight = total.new_empty(_shape(rise)), total.new_empty(_shape(weight))
+    drise, dweight = delta.new_empty(_shape(rise)), delta.new_empty(_shape(weight))
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
-        launches.dq_of(call, pooled, grad, None, dq, None, back)(chunk)
-        launches.dkdv_of(call, pooled, grad, dk, dv, back)
-        return dout, dlse, dq, dk, dv, drise, dweight
+        launches.dq_of(call, pooled, back, None, dq, None)(chunk)
+        launches.dkdv_of(call, pooled, back, dk, dv)
+        return dq, dk, dv, drise, dweight
     if rise is not None and weight is not None:
         call = launches.with_curve(call, rise, weight)
     for some in _heads(call):
-        own = launches.Shares(*(x[:, some].contiguous() for x in back))
-        given = grad[:, some], dq[:, some], own
+        given = back.of_heads(some), dq[:, some]
         (dk[:, some], dv[:, some]), curve = _backward(call.of_heads(some), *given)
         if curve is not None:
             drise[:, some], dweight[:, some] = curve.rise, curve.weight
-    return dout, dlse, dq, dk, dv, drise, dweight
+    return dq, dk, dv, drise, dweight
 
 
 def _shape(x: Tensor | None) -> tuple[int, ...]:
@@ -208,22 +217,24 @@ def _shape(x: Tensor | None) -> tuple[int, ...]:
 
 @rest_backward.register_fake
 def _(*given: Tensor) -> tuple[Tensor, ...]:
-    out, lse, *inputs = given[4:9]
-    dout, *grads = (torch.empty_like(rowwise(x)) for x in (out, *inputs))
-    of_curve = (lse.new_empty(_shape(x)) for x in given[13:15])
-    return dout, lse.new_empty(lse.shape), *grads, *of_curve
+    of_curve = (given[3].new_empty(_shape(x)) for x in given[11:13])
+    return *(torch.empty_like(rowwise(x)) for x in given[4:7]), *of_curve
 
 
-def _save(ctx: Context, inputs: Values, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale = inputs
-    ctx.save_for_backward(*output, *tensors)
+def _save(
+    ctx: Context, inputs: Values, keyword_only_inputs: object, output: tuple[Tensor, ...]
+) -> None:
+    *tensors, _, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale, ctx.factor = inputs
+    out, _, low_lse = output
+    ctx.mark_non_differentiable(low_lse)
+    ctx.save_for_backward(out, low_lse, *tensors)
 
 
-def _differentiate(ctx: Context, grad: Tensor, grad_total: Tensor) -> Values:
-    numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale
-    *grads, drise, dweight = rest_backward(grad, grad_total, *ctx.saved_tensors, *numbers)
+def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor, _: object) -> Values:
+    numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale, ctx.factor
+    *grads, drise, dweight = rest_backward(grad, grad_lse, *ctx.saved_tensors, *numbers)
     of_curve = (drise, dweight) if ctx.saved_tensors[-1] is not None else (None, None)
-    return *grads, *[None] * 4, *of_curve, *[None] * 4
+    return *grads, *[None] * 4, *of_curve, *[None] * 6
 
 
 rest.register_autograd(_differentiate, setup_context=_save)
@@ -237,15 +248,11 @@ def _call(
     slots: Tensor,
     held_q: Tensor,
     held_k: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
+    *numbers: float,
 ) -> launches.RestCall:
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     held = slots, held_q, held_k
-    return launches.RestCall(
-        q, k, v, keep.view(torch.uint8), *held, common_of(k), block_q, block_k, scale
-    )
+    return launches.RestCall(q, k, v, keep.view(torch.uint8), *held, common_of(k), *numbers)
 
 
 def _heads(call: launches.RestCall) -> Iterator[slice]:
@@ -256,7 +263,7 @@ def _heads(call: launches.RestCall) -> Iterator[slice]:
 
 
 def _backward(
-    call: launches.RestCall, grad: Tensor, dq: Tensor, back: launches.Shares
+    call: launches.RestCall, back: launches.RestGrads, dq: Tensor
 ) -> tuple[Tensor, launches.CurveGrads | None]:
     """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
     means = launches.means_of(call.q, call, call.block_q)
@@ -265,9 +272,9 @@ def _backward(
     drise, of_tokens, of_pairs = curve or (None, None, None)
     sums = torch.zeros(2, *call.q.shape, dtype=torch.float32, device=call.q.device)
     pool = launches.pool(call, means, pooled)
-    dpooled_of = launches.dpooled_of(call, means, pooled, grads, grad, of_pairs, back)
+    dpooled_of = launches.dpooled_of(call, means, pooled, grads, back, of_pairs)
     pool_backward = launches.pool_backward(call, means, pooled, grads, parts, sums, of_tokens)
-    dq_of = launches.dq_of(call, pooled, grad, dmeans, dq, drise, back)
+    dq_of = launches.dq_of(call, pooled, back, dmeans, dq, drise)
     for chunk in launches.chunks(call):
         pool(chunk)
         dpooled_of(chunk)

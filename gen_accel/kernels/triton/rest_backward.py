@@ -1,5 +1,8 @@
-"""Gradients of the softmax over columns, see `rest_columns`, and of the kept keys' output in it;
-prefixes of names as in `tiles`."""
+"""Gradients of the softmax over columns, see `rest_columns`; prefixes of names as in `tiles`.
+
+`lse` is the log-sum-exp without the score of the common key, `delta` as in `sparse_backward`. The
+gradients of a query's scores sum to the gradient of its log-sum-exp.
+"""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -14,72 +17,18 @@ from gen_accel.kernels.triton.rest_columns import (
     column_bias,
     column_curve,
     common_key,
-    common_scores,
     pair_at,
     rises,
 )
 from gen_accel.kernels.triton.sparse_backward import statistics
 from gen_accel.kernels.triton.tiles import (
     LN2,
-    LOG2E,
     dot,
     load_rows,
     of_head,
     own_tile,
     store_rows,
 )
-
-
-@triton.jit(do_not_specialize=("H", "N"))
-def shares_kernel(
-    q,
-    common,
-    grad,
-    kept,
-    joint,
-    dkept,
-    lse,
-    joint_lse,
-    grad_lse,
-    dlse,
-    delta,
-    of_rest,
-    low_lse,
-    H,
-    N,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Write the gradients of the kept keys' output and log-sum-exp, by their share in the softmax,
-    and delta of the joint output as in `sparse_backward`. For the rest, write the sum of the
-    gradients of its scores, and the joint log-sum-exp without the score of the common key."""
-    i_head = tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_head // H, i_head % H
-    o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    o_t = tl.where(o_n < N, o_n, -1)
-    b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
-    b_kept = load_rows(of_head(kept, i_b, i_h), o_t, D, BLOCK_D, True)
-    b_joint = load_rows(of_head(joint, i_b, i_h), o_t, D, BLOCK_D, True)
-    o_row = i_head * N + o_n
-    b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
-    b_total = tl.load(joint_lse + o_row, mask=o_n < N, other=0.0)
-    b_given = tl.load(grad_lse + o_row, mask=o_n < N, other=0.0)
-    b_grad = b_grad.to(tl.float32)
-    # The gradient at the -inf of a row that sees nothing is ignored.
-    b_delta = tl.where(b_total == -float("inf"), 0.0, tl.sum(b_grad * b_joint, 1) - b_given)
-    tl.store(delta + o_row, b_delta, mask=o_n < N)
-    m_alone = b_lse == b_total
-    b_share = tl.where(m_alone, 1.0, tl.exp2((b_lse - b_total) * LOG2E))
-    b_dlse = b_share * (tl.sum(b_grad * b_kept.to(tl.float32), 1) - b_delta)
-    tl.store(dlse + o_row, tl.where(m_alone, b_given, b_dlse), mask=o_n < N)
-    tl.store(of_rest + o_row, tl.where(m_alone, 0.0, b_given - b_dlse), mask=o_n < N)
-    b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
-    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
-    tl.store(low_lse + o_row, b_total - b_less, mask=o_n < N)
-    dkept = of_head(dkept, i_b, i_h)
-    store_rows(dkept, o_t, b_share[:, None] * b_grad, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -92,7 +41,7 @@ def columns_dq_kernel(
     curves,
     rise,
     common,
-    of_rest,
+    grad_lse,
     dmeans,
     held,
     dq,
@@ -164,7 +113,8 @@ def columns_dq_kernel(
         if CURVED:
             b_drise += tl.sum(tl.where(b_gain < MOST, b_ds * b_curve[None, :], 0.0), 1)
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
-    b_given = tl.load(of_rest + i_head * N + o_t, mask=o_t >= 0, other=0.0)
+    b_given = tl.load(grad_lse + i_head * N + o_t, mask=o_t >= 0, other=0.0)
+    b_given = tl.where(b_lse < float("inf"), b_given, 0.0)  # whatever is given to no columns
     b_dq += b_given[:, None] * common_key(common, i_head, D, BLOCK_D)[None, :]
     b_dq *= scale * LN2
     if CENTRED:

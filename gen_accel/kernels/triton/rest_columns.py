@@ -1,4 +1,5 @@
-"""Softmax of queries over kept keys, continued over columns; prefixes of names as in `tiles`.
+"""Softmax of queries over columns, what a rest has for left-out blocks; prefixes of names as in
+`tiles`.
 
 A column stands for a key block. It has a key, stored off the common key of the head, a value and a
 bias in powers of two. A set of columns serves a whole head (the mean keys, with the log2 of their
@@ -8,9 +9,11 @@ its rise times the curve of the column, a variance in powers of two.
 
 The common key c of a head adds scale q_t . c to all scores of query t, kept and pooled, and
 changes no weight. In 16 bits it costs digits of the differences of pooled keys. So pooled keys are
-stored off c, and scale q_t . c is subtracted from the log-sum-exp of the kept keys before columns
-continue it: both are exact for any c. The nearer c is to the keys, the better; it need not be
-their mean.
+stored off c, and scale q_t . c is added to the log-sum-exp of the columns: both are exact for any
+c. The nearer c is to the keys, the better; it need not be their mean.
+
+The slope, see `slope`, adds factor x_t H to the output of the columns. By its share in the softmax
+over kept keys and columns it weighs there what `Rest` says.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -27,10 +30,12 @@ from torch import Tensor
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, rows
 from gen_accel.kernels.triton.tiles import (
+    INTERPRETED,
     LN2,
-    LOG2E,
     dot,
+    load_columns,
     load_rows,
+    matrix,
     of_head,
     own_tile,
     store_rows,
@@ -42,7 +47,6 @@ WARPS = 4
 SIZES = ("keep_b", "keep_h", "keep_r", "keep_c", "first", "last", "groups", "H", "N", "R", "C")
 
 MOST = tl.constexpr(MOST_GAINED / math.log(2))  # the most that a curve adds to a score
-COUNTED = tl.constexpr(256)  # columns that are examined together
 
 
 @triton.jit
@@ -126,6 +130,36 @@ def rises(rise, o_t):
     return tl.load(rise + o_t, mask=o_t >= 0, other=0.0)
 
 
+@triton.jit
+def _sloped(
+    b_acc,
+    q,
+    o_t,
+    mean,
+    state,
+    factor,
+    o_c,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Compute acc + factor x H for columns o_c of H, in whose dtype x is multiplied. Queries are
+    read again, and in parts, so that no register holds them until here."""
+    PART: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
+    exact: tl.constexpr = q[0].dtype.element_ty == tl.float32
+    for i_d in range(0, BLOCK_D, PART):
+        o_d = i_d + tl.arange(0, PART)
+        b_x = load_columns(q, o_t, o_d, D).to(tl.float32)
+        if CENTRED:
+            b_x -= tl.load(mean + o_d, mask=o_d < D, other=0.0)[None, :]
+        b_h = matrix(state, o_d, o_c, D)
+        b_x = (b_x * factor).to(b_h.dtype)
+        if INTERPRETED:  # it would multiply the bits of bf16
+            b_x, b_h = b_x.to(tl.float32), b_h.to(tl.float32)
+        b_acc = tl.dot(b_x, b_h, b_acc, input_precision="ieee" if exact else "tf32")
+    return b_acc
+
+
 @triton.jit(do_not_specialize=SIZES)
 def columns_forward_kernel(
     q,
@@ -135,10 +169,11 @@ def columns_forward_kernel(
     curves,
     rise,
     common,
-    kept,
+    wide_means,
+    state,
+    out,
     lse,
-    joint,
-    joint_lse,
+    low_lse,
     keep,
     slots,
     keep_b,
@@ -151,6 +186,7 @@ def columns_forward_kernel(
     N,
     R,
     C,
+    factor,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -161,9 +197,10 @@ def columns_forward_kernel(
     WIDTH: tl.constexpr,
     CENTRED: tl.constexpr,
     CURVED: tl.constexpr,
+    SLOPED: tl.constexpr,
 ):
-    """Continue the softmax over all columns. Without a column the answer is unchanged bit for
-    bit."""
+    """Write the softmax over all columns, its log-sum-exp, and this without the score of the
+    common key; zeros and -inf without a column. If SLOPED add the slope, whose H is `state`."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_pair, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -180,27 +217,17 @@ def columns_forward_kernel(
         i_set = i_head
     pooled_k += i_set * C * D
     pooled_v += i_set * C * D
-    kept = of_head(kept, i_b, i_h)
-
-    left = tl.full((), 0, tl.int32)
-    for i_c in range(0, C, COUNTED):
-        b_bias = column_bias(bias, keep, keep_c, i_c + tl.arange(0, COUNTED), C, CENTRED)
-        left += tl.sum((b_bias > -float("inf")).to(tl.int32), 0)
-    stop = tl.where(left > 0, C, 0)
 
     _, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
-    b_acc = load_rows(kept, o_t, FIRST, WIDTH, True).to(tl.float32)
+    b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
     b_high = b_acc
-    if WIDTH < BLOCK_D:
-        b_high = load_rows((kept[0] + WIDTH, kept[1]), o_t, D - WIDTH, WIDTH, True).to(tl.float32)
+    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
     if CURVED:
         b_rise = rises(rise + i_head * N, o_t)
-    b_lse = tl.load(lse + i_head * N + o_t, mask=o_t >= 0, other=-float("inf"))
-    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
-    b_max = b_lse * LOG2E - b_less
-    b_sum = tl.where(b_lse == -float("inf"), 0.0, 1.0)
-    for i_c in range(0, stop, TILE_N):
+    b_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    b_sum = tl.zeros([TILE_M], tl.float32)
+    for i_c in range(0, C, TILE_N):
         o_c = i_c + tl.arange(0, TILE_N)
         o_in = tl.where(o_c < C, o_c, -1)
         b_k = load_rows((pooled_k, D), o_in, D, BLOCK_D, True)
@@ -221,10 +248,20 @@ def columns_forward_kernel(
             b_high = dot(b_p.to(b_v.dtype), b_v, b_high * b_decay[:, None])
         b_max = b_new
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    joint = of_head(joint, i_b, i_h)
-    store_rows(joint, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    q, out = of_head(q, i_b, i_h), of_head(out, i_b, i_h)
+    mean = wide_means + (i_head * R + i_block) * D
+    state += i_head * D * D
+    o_c = tl.arange(0, WIDTH)
+    b_acc /= b_safe[:, None]
+    if SLOPED:
+        b_acc = _sloped(b_acc, q, o_t, mean, state, factor, o_c, D, BLOCK_D, CENTRED)
+    store_rows(out, o_t, b_acc, FIRST, WIDTH)
     if WIDTH < BLOCK_D:
-        store_rows((joint[0] + WIDTH, joint[1]), o_t, b_high / b_safe[:, None], D - WIDTH, WIDTH)
-    b_total = tl.where(b_sum == 0.0, -float("inf"), (b_max + b_less + tl.log2(b_safe)) * LN2)
-    b_total = tl.where(left > 0, b_total, b_lse)
-    tl.store(joint_lse + i_head * N + o_t, b_total, mask=o_t >= 0)
+        b_high /= b_safe[:, None]
+        if SLOPED:
+            o_c += WIDTH
+            b_high = _sloped(b_high, q, o_t, mean, state, factor, o_c, D, BLOCK_D, CENTRED)
+        store_rows((out[0] + WIDTH, out[1]), o_t, b_high, D - WIDTH, WIDTH)
+    b_low = tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(b_safe))
+    tl.store(low_lse + i_head * N + o_t, b_low * LN2, mask=o_t >= 0)
+    tl.store(lse + i_head * N + o_t, (b_low + b_less) * LN2, mask=o_t >= 0)

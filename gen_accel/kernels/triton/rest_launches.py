@@ -9,13 +9,12 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
-from gen_accel.kernels.triton.launch import Repeated, launch, launch_blocks, rows
+from gen_accel.kernels.triton.launch import Repeated, launch_blocks, rows
 from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel, squares_kernel
 from gen_accel.kernels.triton.rest_backward import (
     columns_dkdv_kernel,
     columns_dpooled_kernel,
     columns_dq_kernel,
-    shares_kernel,
 )
 from gen_accel.kernels.triton.rest_columns import columns_forward_kernel
 
@@ -58,18 +57,24 @@ class CurveGrads(NamedTuple):
         return self.of_tokens.sum(2) - self.of_pairs.sum((2, 3))
 
 
-class Shares(NamedTuple):
-    """Numbers of each query that the gradients of the rest are made of, (B, H, N) fp32.
+class RestGrads(NamedTuple):
+    """What is given to a backward pass.
 
     Args:
-        delta: subtracted from the gradient of each score by the softmax.
-        of_rest: sum of the gradients of the scores of the rest.
-        low_lse: joint log-sum-exp without the score of the common key.
+        grad: of the output, (B, H, N, D), rows of one stride.
+        grad_lse: of the log-sum-exp, (B, H, N) fp32.
+        low_lse: the log-sum-exp without the score of the common key, (B, H, N) fp32.
+        delta: subtracted from the gradient of each score by the softmax, (B, H, N) fp32.
     """
 
-    delta: Tensor
-    of_rest: Tensor
+    grad: Tensor
+    grad_lse: Tensor
     low_lse: Tensor
+    delta: Tensor
+
+    def of_heads(self, some: slice) -> "RestGrads":
+        of_rows = (x[:, some].contiguous() for x in self[1:])
+        return RestGrads(self.grad[:, some], *of_rows)
 
 
 class RestCall(NamedTuple):
@@ -81,6 +86,7 @@ class RestCall(NamedTuple):
         slots: (S,) int32.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
         common: (B, H, D) fp32, see `rest_columns`.
+        factor: of the slope, see `slope`.
         curve: None without a second order.
     """
 
@@ -95,6 +101,7 @@ class RestCall(NamedTuple):
     block_q: int
     block_k: int
     scale: float
+    factor: float
     curve: Curved | None = None
 
     def of_heads(self, some: slice) -> "RestCall":
@@ -225,7 +232,7 @@ def _prepared(
     config: configs.LaunchConfig,
     *,
     tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
-    numbers: Sequence[int],
+    numbers: Sequence[float],
     **sizes: int,
 ) -> Repeated:
     """Prepare a kernel of this package's rest; all of them take arguments in the same order.
@@ -336,8 +343,16 @@ def pool(call: RestCall, means: Tensor, pooled: PooledColumns) -> OfChunk:
 
 
 def forward(
-    call: RestCall, pooled: PooledColumns, out: Tensor, lse: Tensor, joint: Tensor, total: Tensor
+    call: RestCall,
+    pooled: PooledColumns,
+    means: Tensor | None,
+    slope: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    low_lse: Tensor,
 ) -> OfChunk:
+    """Write the output, with the slope of H, (B, H, D, D), added if it is given, and the
+    log-sum-exp."""
     config, (groups, size) = _columns_config("forward", call), _grouping(call, pooled)
     prepared = _prepared(
         columns_forward_kernel,
@@ -345,54 +360,29 @@ def forward(
         config,
         tensors=(
             *(*rows(call.q), *pooled[:3], pooled.curves, call.curve_or_any.rise, call.common),
-            *(*rows(out), lse, *rows(joint), total, call.keep, call.slots),
+            *(call.held_k if means is None else means, call.q if slope is None else slope),
+            *(*rows(out), lse, low_lse, call.keep, call.slots),
         ),
-        numbers=(*call.keep.stride(), 0, groups, *call.sizes),
+        numbers=(*call.keep.stride(), 0, groups, *call.sizes, call.factor),
         BLOCK_Q=call.block_q,
         GROUP=size,
         TILE_M=config.tile_m,
         WIDTH=configs.width(_arch(call), config, call.q.shape[3]),
         CENTRED=pooled.centred,
         CURVED=call.curved,
+        SLOPED=slope is not None,
     )
     tiles = triton.cdiv(call.block_q, config.tile_m)
     return lambda chunk: prepared((chunk.pairs * tiles, 1), first=chunk.first)
 
 
-def shares(
-    call: RestCall,
-    grad: Tensor,
-    grad_total: Tensor,
-    joint: Tensor,
-    total: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Shares]:
-    """Compute the gradients of out and lse, and the numbers for the gradients of the rest."""
-    B, H, N = total.shape
-    dout, dlse = torch.empty_like(out), torch.empty_like(total)
-    back = Shares(*total.new_empty(3, B, H, N))
-    launch(
-        shares_kernel,
-        (triton.cdiv(N, configs.DELTA_TILE), B * H),
-        out,
-        *(*rows(call.q), call.common, *rows(grad, out, joint, dout), lse.contiguous(), total),
-        *(grad_total.contiguous(), dlse, *back),
-        *(H, N, call.scale),
-        **call.dims,
-        TILE=configs.DELTA_TILE,
-    )
-    return dout, dlse, back
-
-
 def dq_of(
     call: RestCall,
     pooled: PooledColumns,
-    grad: Tensor,
+    back: RestGrads,
     dmeans: Tensor | None,
     dq: Tensor,
     drise: Tensor | None,
-    back: Shares,
 ) -> OfChunk:
     """Write dq, with the gradients of the mean queries `dmeans`, (pairs, D) fp32, added; and drise
     if the call has a curve."""
@@ -403,8 +393,8 @@ def dq_of(
         call,
         config,
         tensors=(
-            *(*rows(call.q, grad), *pooled[:3], pooled.curves, call.curve_or_any.rise),
-            *(call.common, back.of_rest, of_means, call.held_q, *rows(dq)),
+            *(*rows(call.q, back.grad), *pooled[:3], pooled.curves, call.curve_or_any.rise),
+            *(call.common, back.grad_lse, of_means, call.held_q, *rows(dq)),
             *(back.low_lse if drise is None else drise, back.low_lse, back.delta),
             *(call.keep, call.slots),
         ),
@@ -422,10 +412,9 @@ def dq_of(
 def dkdv_of(
     call: RestCall,
     pooled: PooledColumns,
-    grad: Tensor,
+    back: RestGrads,
     dk: Tensor,
     dv: Tensor,
-    back: Shares,
 ) -> None:
     config = _columns_config("dkdv", call)
     prepared = _prepared(
@@ -433,7 +422,7 @@ def dkdv_of(
         call,
         config,
         tensors=(
-            *(*rows(call.q, grad), *pooled[:3], *rows(dk, dv)),
+            *(*rows(call.q, back.grad), *pooled[:3], *rows(dk, dv)),
             *(back.low_lse, back.delta, call.keep, call.slots),
         ),
         numbers=(*call.keep.stride(), *call.sizes),
@@ -449,9 +438,8 @@ def dpooled_of(
     means: Tensor,
     pooled: PooledColumns,
     grads: PooledColumns,
-    grad: Tensor,
+    back: RestGrads,
     dweights: Tensor | None,
-    back: Shares,
 ) -> OfChunk:
     """Write `grads`; with a curve, also `dweights`, in the form of `CurveGrads.of_pairs`."""
     config, curve = _columns_config("dpooled", call), call.curve_or_any
@@ -461,7 +449,7 @@ def dpooled_of(
         call,
         config,
         tensors=(
-            *(*rows(call.q, grad), means, *pooled[:3], pooled.curves),
+            *(*rows(call.q, back.grad), means, *pooled[:3], pooled.curves),
             *(curve.rise, call.common, curve.key_means, curve.weight, *grads[:5]),
             *(back.low_lse if dweights is None else dweights, back.low_lse, back.delta),
             call.slots,

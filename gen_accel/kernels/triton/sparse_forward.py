@@ -7,7 +7,8 @@ own, with little other work for a pair of tokens: maxima are taken of unscaled s
 scale, at least 0, is part of the subtraction. Sums are rescaled only in turns in which some
 maximum grew by more than SLACK, as the kernel of FlashAttention-4 does on Blackwell,
 https://github.com/Dao-AILab/flash-attention; unlike there, all rows of a tile are rescaled at
-once.
+once. If BEGUN, the softmax goes on with what other keys gave to it, such as the pooled ones of a
+rest.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -21,6 +22,7 @@ import triton.language as tl
 from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
+    LOG2E,
     NONE,
     SIZES,
     dampened,
@@ -257,6 +259,61 @@ def own_list(
     return i_block, index, masked, total, rule, gain
 
 
+@triton.jit
+def begun(
+    out,
+    lse,
+    o_t,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BEGUN: tl.constexpr,
+):
+    """Begin the softmax of tokens o_t of a head: sums of the first WIDTH columns of v and of the
+    others, of weights, and maxima. If BEGUN go on with the output and log-sum-exp that are there;
+    where the latter is -inf, whatever the output holds."""
+    b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
+    b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
+    b_sum = tl.zeros([TILE_M], tl.float32)
+    b_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    if BEGUN:
+        FIRST: tl.constexpr = D if D < WIDTH else WIDTH
+        b_max = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf")) * LOG2E
+        m_begun = b_max > -float("inf")
+        b_sum = tl.where(m_begun, 1.0, 0.0)
+        b_acc = load_rows(out, o_t, FIRST, WIDTH, True).to(tl.float32)
+        b_acc = tl.where(m_begun[:, None], b_acc, 0.0)
+        if WIDTH < BLOCK_D:
+            b_high = load_rows((out[0] + WIDTH, out[1]), o_t, D - WIDTH, WIDTH, True)
+            b_high = tl.where(m_begun[:, None], b_high.to(tl.float32), 0.0)
+    return b_acc, b_high, b_sum, b_max
+
+
+@triton.jit
+def ended(
+    out,
+    lse,
+    o_t,
+    b_acc,
+    b_high,
+    b_sum,
+    b_max,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the output and the log-sum-exp of tokens o_t of a head."""
+    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
+    b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
+    store_rows(out, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    if WIDTH < BLOCK_D:
+        b_high = b_high / b_safe[:, None]
+        store_rows((out[0] + WIDTH, out[1]), o_t, b_high, D - WIDTH, WIDTH)
+    b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
+    tl.store(lse + o_t, b_lse, mask=o_t >= 0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q,
@@ -293,9 +350,9 @@ def forward_kernel(
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
+    BEGUN: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     PLACES: tl.constexpr = BLOCK_K // TILE_N if PACKED else BLOCK_K
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -314,10 +371,9 @@ def forward_kernel(
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
-    b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
-    b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
-    b_sum = tl.zeros([TILE_M], tl.float32)
-    b_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    out = of_head(out, i_b, i_h)
+    lse += (i_b * H + i_h) * N
+    b_acc, b_high, b_sum, b_max = begun(out, lse, o_t, D, BLOCK_D, TILE_M, WIDTH, BEGUN)
     operands = (k, v, i_b, i_h)
     # If PACKED, the second phase is the load that is left over. Without a rule it joins the first.
     PHASES: tl.constexpr = (LOADS if RULE != NONE else 1) if PACKED else 2
@@ -335,11 +391,4 @@ def forward_kernel(
             *(b_acc, b_sum, b_max, b_q, operands, lists, gain, scale),
             *(BLOCK_D, BLOCK_K, TILE_N, LOADS, GAIN),
         )
-    b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    out = of_head(out, i_b, i_h)
-    store_rows(out, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
-    if WIDTH < BLOCK_D:
-        b_high = b_high / b_safe[:, None]
-        store_rows((out[0] + WIDTH, out[1]), o_t, b_high, D - WIDTH, WIDTH)
-    b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
-    tl.store(lse + (i_b * H + i_h) * N + o_t, b_lse, mask=o_t >= 0)
+    ended(out, lse, o_t, b_acc, b_high, b_sum, b_max, D, BLOCK_D, WIDTH)

@@ -165,6 +165,13 @@ def load_columns(x, o_t, o_d, D: tl.constexpr):
 
 
 @triton.jit
+def matrix(x, o_r, o_c, D: tl.constexpr):
+    """Load [len(o_r), len(o_c)] of a matrix (D, D); zeros past D."""
+    mask = (o_r < D)[:, None] & (o_c < D)[None, :]
+    return tl.load(x + o_r[:, None] * D + o_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def store_columns(x, o_t, o_d, b_x, D: tl.constexpr):
     start, stride = x
     p_x = start + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]

@@ -78,7 +78,7 @@ def attention(
     """Run a plan, which may lay tokens out in another order and have windows inside blocks; see
     `Plan`. Arguments and results are those of `block_sparse_attention`."""
     from .kernels.base import facts_of
-    from .kernels.triton import curve, slope
+    from .kernels.triton import curve
     from .kernels.triton import rest as pooled
 
     if not q.shape == k.shape == v.shape or q.shape[2] != plan.tokens:
@@ -89,12 +89,7 @@ def attention(
     if reasons := _kernel.unsupported(facts_of(q, k, v, plan)):
         raise ValueError(f"block-sparse-rest: {'; '.join(reasons)}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    wide = plan.rest is not None
-    out, lse = _kernel.forward_lse(q, k, v, plan.kept, scale=scale, wide=wide)
     if plan.rest is None:
-        return out, lse
+        return _kernel.forward_lse(q, k, v, plan, scale=scale)
     curved = curve.curve_of(q, k, plan, scale) if plan.rest.order == "second" else None
-    joint, total = pooled.added(out, lse, q, k, v, plan, curved, scale=scale)
-    if plan.rest.order != "zeroth":
-        joint = slope.added(joint, lse, total, q, k, v, plan, scale=scale)
-    return joint.to(q.dtype), total
+    return pooled.attention(_kernel, q, k, v, plan, curved, scale=scale)
