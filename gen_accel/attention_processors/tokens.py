@@ -134,6 +134,14 @@ def by_text(
     return groups
 
 
+def together(groups: Sequence[Samples], outs: Sequence[Tensor]) -> Tensor:
+    """Join outputs (b, ...) of the groups of `by_text` to one of the batch, (B, ...)."""
+    if len(groups) == 1:
+        return outs[0]
+    order = [row for some in groups for row in some.rows]
+    return torch.cat([*outs])[[order.index(row) for row in range(len(order))]]
+
+
 def _left(parts: tuple[int, ...], places: Sequence[int]) -> tuple[int, ...]:
     """Lengths of the parts of a text of which some places are left."""
     ends = [*accumulate(parts)]

@@ -397,7 +397,9 @@ class Objective(nn.Module):
             flat = [x.flatten(0, 1) for x in (clean, noise, levels)]
             return made(*flat).unflatten(0, levels.shape)
 
-        # It stays until the next step, as checkpointed blocks run once more in the backward pass.
+        # Both stay until the next step, as checkpointed blocks run once more in the backward pass.
+        fps = batch.conditions.get("fps")
+        self.chunked.fps = None if fps is None else fps.cpu()
         clip = self.chunked.now = Clip(len(clean), clean.shape[1], drawn.zones)
         mix, own = self.noising.mix, (noise, drawn.levels)
         rows = clip.rows(by_chunk(mix, context, drawn.context), by_chunk(mix, *own))

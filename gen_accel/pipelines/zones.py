@@ -71,13 +71,13 @@ class Zones:
             )
 
     def tokens(self, video: VideoShape) -> int:
-        """Number of keys that a chunk of this grid sees once the cache is full, its own among
-        them."""
-        return video.video_tokens * (1 + self.window + self.sink) + self._middle(video)
+        """Number of keys that a chunk of this grid sees once the cache is full, its own and its
+        text among them."""
+        return video.tokens + self.kept(video)
 
     def kept(self, video: VideoShape) -> int:
         """Number of tokens whose keys and values a cache holds once it is full."""
-        return self.tokens(video) - video.video_tokens
+        return video.video_tokens * (self.window + self.sink) + self._middle(video)
 
     def _middle(self, video: VideoShape) -> int:
         """Number of tokens in the middle."""

@@ -23,7 +23,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.step_state import StateHandle, StepStates
 from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
-from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
+from gen_accel.attention_processors.tokens import Samples, Tokens, by_text, together
 from gen_accel.kernels.self_check import SelfCheck
 from gen_accel.method import Method, Step, check_method, is_silent
 from gen_accel.plan import Plan
@@ -46,6 +46,8 @@ class AttentionExtension:
             too.
         around: computes an attention by calling `attend` on grids of its own choice.
         needs_step: `adjust` differs from step to step, so that it cannot run in a graph.
+        whole: `around` takes all samples of the batch at once, with the padding of their texts;
+            see `MethodRun.texts`.
     """
 
     name: str
@@ -53,6 +55,7 @@ class AttentionExtension:
     adjust: Adjust | None = None
     around: Around | None = None
     needs_step: bool = False
+    whole: bool = False
 
 
 def active(
@@ -225,7 +228,10 @@ class Layer:
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
         gate = None if call.gate is None or why is not None else _completed(call, tokens)
-        groups, outs = self.by_text(call, tokens), []
+        seen, outs = self.seen(call, tokens), []
+        if any(one.whole for one in extensions):
+            run.texts, seen = seen, None
+        groups = by_text(tokens, len(call.q), seen, call.q.device)
         for some in groups:
             part = some.of(q), some.of(call.k), some.of(call.v)
             run.plans.clear()
@@ -260,10 +266,7 @@ class Layer:
                     (B, N, H, D), why=why, choice=choice, plans=run.plans, keys=keys, asked=asked
                 )
             outs.append(some.back(out, call.k.shape[1]))
-        out = outs[0]
-        if len(groups) > 1:
-            order = [row for some in groups for row in some.rows]
-            out = torch.cat(outs)[[order.index(row) for row in range(len(order))]]
+        out = together(groups, outs)
         if call.q.shape[1] < out.shape[1]:
             out = out[:, tokens.first : tokens.first + call.q.shape[1]]
         return out
@@ -347,11 +350,14 @@ class Layer:
             "attach Dense() or detach for this model"
         )
 
+    def seen(self, call: Call, tokens: Tokens) -> Sequence[Sequence[int]] | None:
+        """Return which tokens beside the grid each sample sees; None for all."""
+        if call.mask is None:
+            return None
+        return self.handle.passing.seen(self.name, call.mask, call.q, tokens)
+
     def by_text(self, call: Call, tokens: Tokens) -> Sequence[Samples]:
-        seen = None
-        if call.mask is not None:
-            seen = self.handle.passing.seen(self.name, call.mask, call.q, tokens)
-        return by_text(tokens, len(call.q), seen, call.q.device)
+        return by_text(tokens, len(call.q), self.seen(call, tokens), call.q.device)
 
     def over_processes(
         self, call: Call, tokens: Tokens, attend: Callable[[Call], Tensor]
@@ -432,6 +438,8 @@ class MethodRun:
 
     Attributes:
         keys: number that each query could see, where a technique adds some; None: the call's.
+        texts: for a technique that takes all samples at once, which tokens beside the grid each
+            one sees, counted from 0; None: all.
     """
 
     def __init__(
@@ -458,6 +466,7 @@ class MethodRun:
             self.branch = context_parallel.of_heads(branch, call.heads)
         self.keys: int | None = None
         self.tokens = tokens
+        self.texts: Sequence[Sequence[int]] | None = None
         self.choices: list[kernels.Choice] = []
         self.plans: list[tuple[Plan, int]] = []
 

@@ -782,9 +782,14 @@ class Family:
         numbers = self._rotary_numbers(transformer, freqs.double().cpu())
         transformer.rope = TemporalRotary(stock, numbers, self._rotary_table)
 
-    def turned(self, transformer: Model, keys: Tensor, frames: int) -> Tensor:
+    def turned(
+        self, transformer: Model, keys: Tensor, frames: int, fps: Tensor | None = None
+    ) -> Tensor:
         """Keys (B, H, N, D), as the rotary table leaves them, of the same tokens so many latent
         frames after patchify later, or earlier for a negative number.
+
+        Args:
+            fps: of each sample (B,), as `predict` was told; None: it was not.
 
         Raises:
             ValueError: a model without rotary frequencies of its own on the time axis.

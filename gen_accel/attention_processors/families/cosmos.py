@@ -243,10 +243,15 @@ class Cosmos(Family):
         exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         return self._a_frame(transformer) * base**-exponent
 
-    def turned(self, transformer: Model, keys: Tensor, frames: int) -> Tensor:
-        freqs = self.temporal_frequencies(transformer)
-        first = torch.arange(len(freqs))
-        return turned_pairs(keys, first, first + keys.shape[-1] // 2, frames * freqs)
+    def turned(
+        self, transformer: Model, keys: Tensor, frames: int, fps: Tensor | None = None
+    ) -> Tensor:
+        angles = frames * self.temporal_frequencies(transformer)
+        rate = self._given_fps(transformer.config)
+        if rate is not None and fps is not None:
+            angles = angles * (rate / fps[0])  # as `predict` tells it
+        first = torch.arange(len(angles))
+        return turned_pairs(keys, first, first + keys.shape[-1] // 2, angles)
 
     def _a_frame(self, transformer: Model) -> float:
         """Positions from a latent frame to the next, at the frame rate that the pipelines pass."""

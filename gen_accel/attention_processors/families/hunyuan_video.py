@@ -35,7 +35,7 @@ from gen_accel.attention_processors.families.base import (
 )
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place, text_device
 from gen_accel.attention_processors.families.layers import Layers
-from gen_accel.attention_processors.families.rotary import Table, by_frames
+from gen_accel.attention_processors.families.rotary import Table, by_frames, turned_neighbours
 from gen_accel.attention_processors.families.sites import (
     ImageAttention,
     Model,
@@ -101,6 +101,11 @@ class HunyuanRotary(HunyuanBlocks):
         dim = config.rope_axes_dim[0]
         exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         return config.rope_theta**-exponent
+
+    def turned(
+        self, transformer: Model, keys: Tensor, frames: int, fps: Tensor | None = None
+    ) -> Tensor:
+        return turned_neighbours(keys, frames * self.temporal_frequencies(transformer))
 
     def _rotary_table(self, stock: Model, numbers: Sequence, hidden_states: Tensor) -> Table:
         cos, sin = stock(hidden_states)

@@ -40,7 +40,12 @@ from gen_accel.attention_processors.families.latents import (
     unscaled,
 )
 from gen_accel.attention_processors.families.layers import CROSS, Layers
-from gen_accel.attention_processors.families.rotary import Table, precise, stock_rotary
+from gen_accel.attention_processors.families.rotary import (
+    Table,
+    precise,
+    stock_rotary,
+    turned_pairs,
+)
 from gen_accel.attention_processors.families.sites import Model, outside_graphs
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -91,6 +96,20 @@ class LTXBlocks(Family):
                 "grid of its tokens is unknown"
             )
         return None
+
+    def turned(
+        self, transformer: Model, keys: Tensor, frames: int, fps: Tensor | None = None
+    ) -> Tensor:
+        rope, (_, heads, _, dim) = stock_rotary(transformer), keys.shape
+        pairs = torch.arange(rope.dim // 6) * 3 + rope.dim % 6 // 2  # after what is left over
+        first, apart = 2 * pairs, 1
+        if getattr(rope, "rope_type", "") == "split":  # a head's first numbers, then its second
+            first, apart = pairs // (dim // 2) * dim + pairs % (dim // 2), dim // 2
+        angles = frames * self.temporal_frequencies(transformer)
+        if fps is not None:
+            angles = angles * (self.sizes.fps / fps.double().view(-1, 1, 1))
+        flat = turned_pairs(keys.transpose(1, 2).flatten(2), first, first + apart, angles)
+        return flat.unflatten(2, (heads, dim)).transpose(1, 2)
 
 
 def _frequencies(rope: Model) -> Tensor:

@@ -88,6 +88,12 @@ def turned_pairs(x: Tensor, first: Tensor, second: Tensor, angles: Tensor) -> Te
     return x.index_copy(-1, columns, turned.to(x.dtype))
 
 
+def turned_neighbours(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the first columns of x (..., D), in pairs side by side, by angles in rad."""
+    first = 2 * torch.arange(angles.shape[-1])
+    return turned_pairs(x, first, first + 1, angles)
+
+
 def rewrite(rope: Model, tables: Sequence[Tensor], values: Sequence[Tensor] | None) -> None:
     """Write other values into tables that a model keeps, or for None its own, bit for bit."""
     own = getattr(rope, "own_temporal", None)

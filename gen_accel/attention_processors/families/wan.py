@@ -45,7 +45,7 @@ from gen_accel.attention_processors.families.layers import CROSS, Layers
 from gen_accel.attention_processors.families.rotary import (
     check_shape,
     rewrite,
-    turned_pairs,
+    turned_neighbours,
 )
 from gen_accel.attention_processors.families.sites import (
     Model,
@@ -230,10 +230,10 @@ class WanTrained(WanCalls):
         angles = torch.outer(positions, freqs.double().cpu()).repeat_interleave(2, dim=1)
         rewrite(rope, tables, (angles.cos().float(), angles.sin().float()))
 
-    def turned(self, transformer: Model, keys: Tensor, frames: int) -> Tensor:
-        freqs = self.temporal_frequencies(transformer)
-        first = 2 * torch.arange(len(freqs))
-        return turned_pairs(keys, first, first + 1, frames * freqs)
+    def turned(
+        self, transformer: Model, keys: Tensor, frames: int, fps: Tensor | None = None
+    ) -> Tensor:
+        return turned_neighbours(keys, frames * self.temporal_frequencies(transformer))
 
 
 class Wan(WanTrained):

@@ -203,6 +203,8 @@ class Streamer:
         self.levels = self._levels()
         self._given, self._attention = attention, attention
         self._texts: dict[str, dict[str, Tensor]] = {}
+        told = self.family.training.takes_fps
+        self._fps = torch.full((1,), float(clip.fps or 0)) if told else None
         # Schedules and methods count steps by the scheduler, here those of a chunk and the pass
         # into the cache.
         levels, noise = self.levels[:-1], settings.noise
@@ -242,6 +244,7 @@ class Streamer:
         """Have the attention and the scheduler of chunks on the model."""
         own = self.pipe.scheduler
         attention = self._given or ChunkedAttention(self.transformer, self.settings.zones)
+        attention.fps = self._fps
         self._attention, self.pipe.scheduler = attention, self._steps.scheduler(own)
         try:
             yield
@@ -319,8 +322,8 @@ class Streamer:
             name: value.to(device, dtype if value.is_floating_point() else value.dtype)
             for name, value in found.items()
         }
-        if self.family.training.takes_fps:
-            put["fps"] = torch.full((1,), float(self.clip.fps or 0), device=device)
+        if self._fps is not None:
+            put["fps"] = self._fps.to(device)
         return put
 
     def _generator(self, chunk: int, what: str = "made") -> torch.Generator:

@@ -128,10 +128,9 @@ def forecast_stream(
         source, Dense(), height=height, width=width, num_frames=clip, steps=1, **options
     )
     grid = subject.grid(height, width, clip)
-    tokens, keys = grid.video_tokens, zones.tokens(grid)
     samples = chunk.calls * chunk.batch
     wide = sum(site.heads * site.dim for site in subject.sites)
-    more = Work(0, 4.0 * samples * tokens * (keys - tokens) * wide, 0)
+    more = Work(0, 4.0 * samples * grid.tokens * zones.kept(grid) * wide, 0)
     step, seen = chunk.dense, chunk.rates.seconds(more)
     whole = latents * subject.temporal
     decoding = Range(0, 0, "") if chunk.decoding is None else chunk.decoding.times(whole / clip)
@@ -145,7 +144,7 @@ def forecast_stream(
         frames=whole,
         total=frames,
         steps=steps,
-        keys=keys,
+        keys=zones.tokens(grid),
         seconds=Range(low, high, chunk.rates.origin),
         cache=2 * samples * zones.kept(grid) * wide * chunk.dtype.itemsize,
         fps=fps,

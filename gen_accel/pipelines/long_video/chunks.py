@@ -5,6 +5,9 @@ its own text, and positions that begin at 0. Only the self-attention looks beyon
 
     softmax over [sink | middle | window | the chunk itself]
 
+A text that attends with the video stays with its chunk: of earlier chunks, the tokens of the video
+are seen and no text.
+
 Keys are kept as the model's own rotary leaves them, at positions inside their chunk, and turned
 back in time by the age of the chunk when they are seen. All that is older than the window lies
 right behind it, whatever its true age, so that a video of any length stays among the distances
@@ -18,7 +21,7 @@ a mean.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -30,12 +33,14 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.attached.attachment import attachments_of, extend_attention
 from gen_accel.attention_processors.attached.layer import AttentionExtension, MethodRun
 from gen_accel.attention_processors.families import Family, family_for
+from gen_accel.attention_processors.tokens import Tokens, by_text, together
 from gen_accel.pipelines.long_video.blocks import Remembered, query_blocks
 from gen_accel.pipelines.zones import CELL, Middle, Zones, salient_tokens
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
 Turn = Callable[[Tensor, int], Tensor]  # keys (B, H, N, D), so many frames back in time
+Texts = Sequence[Sequence[int]] | None  # see `MethodRun.texts`
 
 
 class Seen(NamedTuple):
@@ -187,9 +192,14 @@ class Clip(NamedTuple):
         """Return the noisy chunks among the rows, (B, chunks, ...)."""
         return rows[self.clips * (self.chunks - 1) :].unflatten(0, (self.clips, self.chunks))
 
-    def clean(self, rows: Tensor) -> Tensor:
-        """Return the clean chunks among the rows, (B, chunks - 1, ...)."""
-        return rows[: self.clips * (self.chunks - 1)].unflatten(0, (self.clips, self.chunks - 1))
+    def clean_rows(self, chunk: int) -> slice:
+        """Rows of a clean chunk, one of each clip."""
+        before = self.chunks - 1
+        return slice(chunk, self.clips * before, before)
+
+    def noisy_rows(self, chunk: int) -> slice:
+        """Rows of a noisy chunk, one of each clip."""
+        return slice(self.clips * (self.chunks - 1) + chunk, None, self.chunks)
 
 
 class Chunk(NamedTuple):
@@ -223,6 +233,9 @@ class ChunkedAttention:
         transformer: with a method attached, which then runs inside the exact zones, or without.
         zones: of `Chunk`.
 
+    Attributes:
+        fps: of each clip (B,), on the CPU, as `predict` is told; None: it is not.
+
     Raises:
         ValueError: a model whose keys cannot be turned in time, or another technique on it.
     """
@@ -237,9 +250,12 @@ class ChunkedAttention:
                 f"{one.name} is on this model, and a stream goes alone: remove it first"
             )
         self.now: Clip | Chunk | None = None
+        self.fps: Tensor | None = None
         self._caches: dict[tuple[str, str], History] = {}
         self._adjusted = Remembered(self._last_rows, by_step=False)
-        extension = AttentionExtension(self.name, 0, adjust=self._adjust, around=self._around)
+        extension = AttentionExtension(
+            self.name, 0, adjust=self._adjust, around=self._around, whole=True
+        )
         self.remove = extend_attention(transformer, extension)
 
     @contextmanager
@@ -264,7 +280,7 @@ class ChunkedAttention:
         return History(zones, self._turn)
 
     def _turn(self, keys: Tensor, frames: int) -> Tensor:
-        return self.family.turned(self.transformer, keys, -frames)
+        return self.family.turned(self.transformer, keys, -frames, self.fps)
 
     def _around(
         self, attend: MethodRun, q: Tensor, k: Tensor, v: Tensor, video: VideoShape
@@ -283,9 +299,9 @@ class ChunkedAttention:
             return self._clip(attend, q, k, v, video, now)
         name = attend.layer.name
         history = self._caches.setdefault((now.branch, name), self.history(zones))
-        out = attended(attend, q, Seen(k, v), history, history.seen(), video)
+        out = attended(attend, q, Seen(k, v), history, history.seen(), video, attend.texts)
         if now.keeps:
-            history.push(k, v, video)
+            history.push(*_of_grid(k, v, video), video)
         return out
 
     def _clip(
@@ -293,15 +309,18 @@ class ChunkedAttention:
     ) -> Tensor:
         history = self.history(clip.zones)
         clean, noisy = [], []
-        of_clean, of_noisy = ([pick(x) for x in (q, k, v)] for pick in (clip.clean, clip.noisy))
+
+        def run(rows: slice, seen: Seen | None) -> Tensor:
+            texts = None if attend.texts is None else attend.texts[rows]
+            return attended(attend, q[rows], Seen(k[rows], v[rows]), history, seen, video, texts)
+
         for i in range(clip.chunks):
-            own, keys, values = (x[:, i] for x in of_noisy)
             seen = history.seen()
-            noisy.append(attended(attend, own, Seen(keys, values), history, seen, video))
+            noisy.append(run(clip.noisy_rows(i), seen))
             if i + 1 < clip.chunks:
-                own, keys, values = (x[:, i] for x in of_clean)
-                clean.append(attended(attend, own, Seen(keys, values), history, seen, video))
-                history.push(keys, values, video)
+                rows = clip.clean_rows(i)
+                clean.append(run(rows, seen))
+                history.push(*_of_grid(k[rows], v[rows], video), video)
         parts = [torch.stack(some, 1).flatten(0, 1) for some in (clean, noisy) if some]
         return torch.cat(parts)
 
@@ -313,8 +332,15 @@ class ChunkedAttention:
     def _last_rows(self, plan: Plan, video: VideoShape, step: int) -> Plan:
         """Leave out the rows of a plan that hold queries of earlier chunks alone."""
         past = video.frames - self.zones.frames
-        asked = query_blocks(plan, video).last >= past
+        blocks = query_blocks(plan, video)
+        asked = (blocks.last >= past) | blocks.text
         return plan.changed(keep=plan.keep & asked[None, None, :, None])
+
+
+def _of_grid(keys: Tensor, values: Tensor, video: VideoShape) -> tuple[Tensor, Tensor]:
+    """Leave out the text, which comes last."""
+    tokens = video.video_tokens
+    return keys[:, :, :tokens], values[:, :, :tokens]
 
 
 def attended(
@@ -324,13 +350,38 @@ def attended(
     history: History,
     seen: Seen | None,
     video: VideoShape,
+    texts: Texts = None,
 ) -> Tensor:
     """(B, H, N, D) of a chunk's queries on its own keys and on what is `seen` of its history.
 
     A dense attention is one call with a bias of ln n on the means. A method plans over the chunks
     that are seen whole and the chunk itself, one after the other in time, with queries of the
     last. ValueError for a method with a middle, whose counts its kernels do not take.
+
+    Args:
+        video: grid of the chunk, with the text that attends with it.
+        texts: which tokens of the text each row sees; None: all. The others are padding, which
+            nothing sees, and their output is zero.
     """
+    groups, outs = by_text(Tokens(video), len(q), texts, q.device), []
+    for some in groups:
+        query, *kept = (some.of(x.transpose(1, 2)) for x in (q, own.keys, own.values))
+        past = seen
+        if seen is not None and not some.whole:
+            past = Seen(seen.keys[[*some.rows]], seen.values[[*some.rows]], seen.logs)
+        out = _attended(attend, query, Seen(*kept), history, past, some.video)
+        outs.append(some.back(out, q.shape[2]))
+    return together(groups, outs).transpose(1, 2)
+
+
+def _attended(
+    attend: MethodRun,
+    q: Tensor,
+    own: Seen,
+    history: History,
+    seen: Seen | None,
+    video: VideoShape,
+) -> Tensor:
     scale = attend.call.scale
     past = 0 if seen is None else seen.keys.shape[2]
     attend.keys = past + own.keys.shape[2]
