@@ -5,6 +5,7 @@ each part is passed on as uint8 as soon as it is decoded, so that only the laten
 number of frames. The pixels equal the pixels of `vae.decode`, bit for bit:
 
 - `AutoencoderKLWan` and `AutoencoderKLHunyuanVideo` have functions in `families.decoders`.
+  Streams are decoded by further ones there, whose pixels are those of `vae.decode` to rounding.
 - Any other autoencoder decodes the clip as a whole, which warns with `DecodedWhole`.
 """
 
@@ -22,9 +23,10 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import families, family_named, served_classes
 from gen_accel.attention_processors.families.decoders import (
     Parts,
-    frame_by_frame,
+    endless_parts_of,
     parts_of,
 )
+from gen_accel.attention_processors.families.latents import unscaled as own_unit
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.sites import Model
 from gen_accel.io import check_folder, fields_of, parse_json, replacing, save_tensors, typed
@@ -113,8 +115,10 @@ def decode_stream(
 
 def decode_chunks(pipe: "DiffusionPipeline", chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
     """Decode latents as they come, (1, C, f, h, w) each, one after the other in time, to chunks of
-    (f, H, W, 3) uint8. The autoencoder is one that `is_causal`."""
-    return _decoded(pipe, chunks, frame_by_frame, None)
+    (f, H, W, 3) uint8. The autoencoder has `endless_parts_of`."""
+    parts = endless_parts_of(pipe.vae)
+    assert parts is not None
+    return _decoded(pipe, chunks, parts, None)
 
 
 def on_its_device(vae: Model) -> None:
@@ -218,7 +222,7 @@ def unscaled(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     """Scale latents to the autoencoder's own units, rounded as the pipelines round."""
     latents, config = latents.to(device, vae.dtype), vae.config
     if config.get("latents_mean") is None:
-        return latents / config.scaling_factor
+        return own_unit(vae, latents)
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1).to(latents)
     inverse = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1).to(latents)
     return latents / inverse + mean

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import attachments_of, one_generation
 from gen_accel.attention_processors.attached.recipe import Recipe, recipes_of
-from gen_accel.attention_processors.families.decoders import is_causal
+from gen_accel.attention_processors.families.decoders import endless_parts_of
 from gen_accel.attention_processors.families.pipelines import choose
 from gen_accel.attention_processors.lengths import patch_of, temporal_patch, vae_factor
 from gen_accel.parsing import shown
@@ -184,10 +184,10 @@ class Streamer:
         choose(index, transformer.config, (), model)  # refuses what begins with a picture
         if self.family.needs_control(transformer.config):
             raise ValueError(f"a stream is made from text alone, and {kind} needs a control video")
-        if not is_causal(pipe.vae):
+        if endless_parts_of(pipe.vae) is None:
             raise ValueError(
-                f"{type(pipe.vae).__name__} decodes latents together with later ones: a video "
-                "without end needs AutoencoderKLWan"
+                f"{type(pipe.vae).__name__}, as it is set, decodes latents together with all later "
+                "ones, of which a video without end has no last"
             )
         latents = settings.zones.frames * temporal_patch(transformer)
         factor = vae_factor(pipe, "temporal")
