@@ -376,6 +376,10 @@ def stream_clip(pipe: "DiffusionPipeline", clip: Clip) -> Clip:
     with a LoRA that holds it."""
     given: dict[str, Any] = {"steps": clip.steps or len(clip.levels) or STEPS}
     held = any(one.holds_guidance for one in recipes_of(first_transformer(pipe)).values())
-    if clip.guidance_scale is None and held:
-        given["guidance_scale"] = 1.0
-    return filled(pipe, clip.model_copy(update=given))
+    scale = 1.0 if clip.guidance_scale is None and held else clip.guidance_scale
+    guider: Any = getattr(pipe, "guider", None)  # has the scale, in the place of the call
+    if guider is None:
+        return filled(pipe, clip.model_copy(update={**given, "guidance_scale": scale}))
+    found = filled(pipe, clip.model_copy(update={**given, "guidance_scale": None}))
+    own = getattr(guider, "guidance_scale", 1.0)
+    return found.model_copy(update={"guidance_scale": own if scale is None else scale})
