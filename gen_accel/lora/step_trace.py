@@ -13,7 +13,7 @@ memory within an operator, plans, and what an allocator rounds up to.
 
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gen_accel import kernels
@@ -281,7 +282,7 @@ class StepTracer:
         size = sum(x.numel() * x.itemsize for x in _tensors(given))
         is_mixed = config.mixed_precision != "no"
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=is_mixed)
-        with self._timeline, warnings.catch_warnings():
+        with self._timeline, _Chosen(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of how a CPU would run it
             self._timeline.begin("outside")
             with mixed:
@@ -358,6 +359,19 @@ class StepTracer:
             if what in (FORWARD, CALL):
                 parts.append(TraceSegment(next(segments), "outside"))
             yield from parts * self._times.get(name, 1)
+
+
+class _Chosen(TorchFunctionMode):
+    """Selects by the places that a mask keeps, as a tensor without values takes no mask."""
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if func is Tensor.__getitem__:
+            x, mask = args
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool and type(mask) is Tensor:
+                args = x, mask.nonzero().unbind(1)
+        return func(*args, **(kwargs or {}))
 
 
 class _TracedLora(Adapter):

@@ -413,11 +413,12 @@ class HunyuanVideo15(HunyuanRotary):
     ) -> Tensor:
         config, batch = transformer.config, len(noisy)
         given = noisy.new_zeros(batch, config.in_channels - noisy.shape[1], *noisy.shape[2:])
+        text = conditions["encoder_hidden_states"]
         return transformer(
             torch.cat([noisy, given], 1),
             timestep=(sigma * 1000).to(noisy.dtype),
             **conditions,
-            image_embeds=noisy.new_zeros(batch, _IMAGE, config.image_embed_dim),
+            image_embeds=text.new_zeros(batch, _IMAGE, config.image_embed_dim, dtype=noisy.dtype),
             return_dict=False,
         )[0]
 

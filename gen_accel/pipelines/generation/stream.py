@@ -186,8 +186,8 @@ class Streamer:
             raise ValueError(f"a stream is made from text alone, and {kind} needs a control video")
         if endless_parts_of(pipe.vae) is None:
             raise ValueError(
-                f"{type(pipe.vae).__name__}, as it is set, decodes latents together with all later "
-                "ones, of which a video without end has no last"
+                f"{type(pipe.vae).__name__}, as it is set, decodes latents together with all "
+                "later ones, and a video without end has no last one"
             )
         latents = settings.zones.frames * temporal_patch(transformer)
         factor = vae_factor(pipe, "temporal")
@@ -205,6 +205,7 @@ class Streamer:
         self._texts: dict[str, dict[str, Tensor]] = {}
         told = self.family.training.takes_fps
         self._fps = torch.full((1,), float(clip.fps or 0)) if told else None
+        self._takes_scale = getattr(transformer.config, "guidance_embeds", False)
         # Schedules and methods count steps by the scheduler, here those of a chunk and the pass
         # into the cache.
         levels, noise = self.levels[:-1], settings.noise
@@ -222,7 +223,7 @@ class Streamer:
 
     @property
     def is_guided(self) -> bool:
-        return (self.clip.guidance_scale or 1.0) > 1
+        return not self._takes_scale and (self.clip.guidance_scale or 1.0) > 1
 
     @property
     def passes(self) -> int:
@@ -324,6 +325,9 @@ class Streamer:
         }
         if self._fps is not None:
             put["fps"] = self._fps.to(device)
+        if self._takes_scale:
+            scale = 1000 * (self.clip.guidance_scale or 1.0)
+            put["guidance"] = torch.full((1,), scale, device=device, dtype=dtype)
         return put
 
     def _generator(self, chunk: int, what: str = "made") -> torch.Generator:

@@ -11,6 +11,9 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     DiffusionPipeline,
 )
@@ -20,6 +23,7 @@ from support import wan
 from support.products import in_turns, slow_after
 
 from gen_accel import Dense, demo
+from gen_accel.attention_processors.families.decoders import SEEN, endless_parts_of
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
 from gen_accel.measure.video_io import video_fps
 from gen_accel.pipelines.generation import generate, loading, progress, sampling
@@ -121,6 +125,120 @@ STREAMED = {
     "HunyuanVideo": hunyuan_vae,
     "HunyuanVideo, tiles": lambda: tiled(hunyuan_vae()),
 }
+
+
+def hunyuan_15_vae():
+    torch.manual_seed(4)
+    widths = (8,) * 5
+    return AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=widths, layers_per_block=1
+    ).eval()
+
+
+def ltx_vae(**config):
+    torch.manual_seed(5)
+    widths, layers = (8,) * 4, (1,) * 5
+    tiny = {
+        "latent_channels": 8,
+        "block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "layers_per_block": layers,
+        "decoder_layers_per_block": layers,
+    }
+    vae = AutoencoderKLLTXVideo(**(tiny | config)).eval()
+    for name, x in vae.named_parameters():
+        if "per_channel_scale" in name:
+            x.data.normal_()
+    return vae
+
+
+def ltx_91_vae():
+    """Of 0.9.1: told how noisy the latents are, with noise of its own."""
+    return ltx_vae(
+        decoder_block_out_channels=(8, 16, 32),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        decoder_spatio_temporal_scaling=(True,) * 3,
+        decoder_inject_noise=(True, True, True, False),
+        upsample_residual=(True,) * 3,
+        upsample_factor=(2,) * 3,
+        timestep_conditioning=True,
+    )
+
+
+def ltx_2_vae(**config):
+    torch.manual_seed(6)
+    return AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4,
+        **config,
+    ).eval()
+
+
+def tiled_15(vae):
+    vae.enable_tiling(64, 64, 4, 4, 0.25)
+    return vae
+
+
+# Autoencoders that streams are decoded by, and latent frames that they look ahead.
+ENDLESS = {
+    "HunyuanVideo 1.5": (hunyuan_15_vae, 0),
+    "HunyuanVideo 1.5, tiles": (lambda: tiled_15(hunyuan_15_vae()), 0),
+    "LTX": (ltx_vae, 9),
+    "LTX, tiles": (lambda: tiled(ltx_vae(), 64, 32), 9),
+    "LTX, causal": (lambda: ltx_vae(decoder_causal=True), 0),
+    "LTX 0.9.1": (ltx_91_vae, 7),
+    "LTX-2": (ltx_2_vae, 0),
+    "LTX-2, not causal": (lambda: ltx_2_vae(decoder_causal=False), 7),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.turns(4)
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("frames", [1, 2, 12])
+def test_an_endless_decoder_gives_the_pixels_of_decoding_at_once(name, frames):
+    made, ahead = ENDLESS[name]
+    vae = made()
+    latents, told = noise(vae, frames, 3, 5), vae.config.get("timestep_conditioning")
+    time = () if "decoder_causal" not in vae.config else (torch.zeros(1) if told else None,)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        wanted = vae.decode(latents, *time, return_dict=False)[0]
+    torch.manual_seed(7)
+    taken, behind, found = 0, [], []
+
+    def parts():
+        nonlocal taken
+        for z in latents.split(3, 2):
+            for frame in z.split(1, 2):
+                taken += 1
+                yield frame
+
+    step = vae.temporal_compression_ratio
+    for pixels in endless_parts_of(vae)(vae, parts()):
+        found.append(pixels)
+        behind.append(taken - 1 - (sum(x.shape[2] for x in found) - 1) / step)
+    torch.testing.assert_close(torch.cat(found, 2), wanted, rtol=0, atol=1e-5)
+    assert wanted.std() > 0.1
+    if frames > ahead:
+        assert ahead - 1 < behind[0] <= ahead
+    assert not any("forward" in vars(module) for module in vae.modules())
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_hunyuan_15_decodes_by_as_many_latents_as_the_published_videos_have():
+    vae = hunyuan_15_vae()
+    latents = noise(vae, SEEN + 6, 2, 2)
+    wanted = vae.decode(latents, return_dict=False)[0]
+    found = torch.cat([*endless_parts_of(vae)(vae, latents.split(1, 2))], 2)
+    apart, same = (found - wanted).abs().amax((0, 1, 3, 4)), 1 + 4 * (SEEN - 1)
+    assert same == 121
+    assert apart[:same].max() < 1e-5
+    assert 1e-4 < apart[same:].max() < 0.1
 
 
 # Latent frames and dtype: one frame always, the others in turns.

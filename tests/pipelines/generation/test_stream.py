@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from support import finetuning as ft
-from support import wan
+from support import hunyuan, wan
 from support.objectives import some_recipe
+from support.tiny import trainings
 
 import gen_accel
 from gen_accel import Dense, Piecewise, Schedule
+from gen_accel.attention_processors.families import families, family_named
 from gen_accel.lora.artefact import add_lora
 from gen_accel.measure.video_io import count_frames, encode, finish, read_about, read_video
 from gen_accel.pipelines.generation.config import Clip, GenerateConfig, prompts_of
-from gen_accel.pipelines.generation.decode import decode_stream
+from gen_accel.pipelines.generation.decode import as_uint8, decode_stream
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.plan import plan_of
 from gen_accel.pipelines.generation.stream import (
@@ -35,6 +37,7 @@ from gen_accel.pipelines.zones import Zones
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+STREAMED = sorted(one.name for one in families() if one.serves("streams"))
 SIZE = {"height": 64, "width": 96}
 ASKED = {**SIZE, "steps": 2, "max_tokens": 8, "fps": 16.0}
 SETTINGS = StreamSettings(Zones(2, window=1, sink=1, middle="salient", remembered=2), 0.1, 3.0)
@@ -184,6 +187,43 @@ class TestFrames:
         assert [lengths.prompt(prompts, i) for i in range(4)] == ["a", "b", "c", "c"]
 
 
+@pytest.mark.slow
+@pytest.mark.turns(2)
+@pytest.mark.parametrize("name", STREAMED)
+def test_each_family_streams(name):
+    """With guidance, its frames those of its autoencoder over all latents."""
+    one = next(one for family, one in trainings() if family == name)
+    pipe, (_, height, width) = one.pipeline(), one.size
+    tokens = None if name == "hunyuan_video15" else one.tokens  # its pipeline takes none
+    size = {"height": height, "width": width, "max_tokens": tokens}
+    made = streamer(pipe, guidance_scale=3.0, **size)
+    latents = {}
+    found = np.concatenate([*made.frames((), latents.__setitem__)])
+    again = [*streamer(pipe, guidance_scale=3.0, **size).latents([latents[0], latents[1]])]
+    assert all(torch.equal(x, y) for x, y in zip(again, latents.values(), strict=True))
+    whole = family_named(name).decode_video(pipe, torch.cat(again, 2))
+    [video] = pipe.video_processor.postprocess_video(whole, output_type="np")
+    wanted = as_uint8(video, pipe.vae)[: len(found)]
+    assert len(found) == 45
+    assert wanted.std() > 1
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_a_scale_that_is_an_input_of_the_model_is_one_call():
+    """HunyuanVideo's guidance is in its weights."""
+    pipe = hunyuan.pipeline(transformer=hunyuan.transformer(guidance_embeds=True))
+    calls = []
+
+    def keep(module, args, given):
+        calls.append(given["guidance"].tolist())
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    made = streamer(pipe, frames=5, guidance_scale=4.0, height=32, width=48, max_tokens=16)
+    [*made.latents()]
+    hook.remove()
+    assert calls == [[4000.0]] * made.passes
+
+
 class TestSettings:
     def test_they_are_the_loras(self, tmp_path):
         pipe = wan.pipeline()
@@ -239,7 +279,7 @@ class TestSettings:
 
     def test_autoencoders_that_see_later_latents_are_refused(self, pipe, monkeypatch):
         monkeypatch.setattr(pipe, "vae", torch.nn.Identity())
-        with pytest.raises(ValueError, match="Identity decodes latents together with later ones"):
+        with pytest.raises(ValueError, match="Identity, as it is set, decodes latents together"):
             streamer(pipe)
 
     def test_prompts(self):
