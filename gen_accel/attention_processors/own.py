@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from gen_accel import kernels
+from gen_accel.attention_processors.families import family_of, served_classes
+from gen_accel.attention_processors.families.sites import Removable
 from gen_accel.attention_processors.methods.neighborhood import Neighborhood
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
@@ -159,6 +161,7 @@ class OwnSparsity:
         self._sites: list[tuple[nn.Module, nn.Module, TappedProcessor]] = []
         self._bound: list[tuple[nn.Module, str]] = []
         self._runs: list[_Runs] = []
+        self._lighter: list[Removable] = []
         alike: dict[tuple[int, str], _Runs] = {}
         for model, module, found in sites:
             bound = isinstance(found, BoundProcessor)
@@ -169,6 +172,8 @@ class OwnSparsity:
                 alike[key] = _Runs(name, kernel, without_mask=own.without_mask)
                 self._runs.append(alike[key])
                 self._rebind(model, own.makers)
+                if any(kind.__name__ in served_classes() for kind in type(model).__mro__):
+                    self._lighter += family_of(model).lighten(model, self._is_on)
             options = {"also": own.also, "poses": own.poses}
             processor = TappedProcessor(stock, CALL, model, alike[key], in_graphs=True, **options)
             if bound:
@@ -192,6 +197,9 @@ class OwnSparsity:
         """Whether some attention still runs by a kernel of ours."""
         return any(module.processor is processor for _, module, processor in self._sites)
 
+    def _is_on(self) -> bool:
+        return self.is_attached
+
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time."""
         for model, module, processor in self._sites:
@@ -199,7 +207,9 @@ class OwnSparsity:
                 put_processor(module, released(processor, model))
         for model, method in self._bound:
             vars(model).pop(method, None)
-        self._sites, self._bound = [], []
+        for lighter in self._lighter:
+            lighter.remove()
+        self._sites, self._bound, self._lighter = [], [], []
 
     def __enter__(self) -> "OwnSparsity":
         return self

@@ -62,8 +62,9 @@ from gen_accel.video import VideoShape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
-    from torch.utils.hooks import RemovableHandle
     from typing_extensions import Unpack
+
+    from gen_accel.attention_processors.families.sites import Removable
 
 
 class Displaced(UserWarning):
@@ -192,7 +193,7 @@ class Attachment(Shared):
         self._displaced = False  # that it was warned of
         self._layers: dict[str, Layer] = {}
         self._text_split: dict[str, bool] = {}
-        self._hooks: dict[str, list[RemovableHandle]] = {}
+        self._hooks: dict[str, list[Removable]] = {}
         self._sites: list[tuple[nn.Module, SparseProcessor]] = []
         # The other attentions, by the name of the transformer.
         self._beside: dict[str, list[tuple[nn.Module, TappedProcessor]]] = {}
@@ -236,6 +237,8 @@ class Attachment(Shared):
                 transformer.register_forward_pre_hook(begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end),
             ]
+            if not method.is_dense:
+                self._hooks[name] += family.lighten(transformer, self._runs)
 
     @property
     def clock(self) -> Clock:
@@ -299,6 +302,9 @@ class Attachment(Shared):
             put_processor(module, processor)
             made.append((module, processor))
         return made
+
+    def _runs(self) -> bool:
+        return not self.is_paused
 
     def _counts_padding_once(self) -> bool:
         """Whether padding is counted once in the pass under way."""

@@ -37,6 +37,7 @@ from gen_accel.attention_processors.families.sites import (
     ImageAttention,
     ImageBranch,
     Model,
+    Removable,
     SelfAttention,
     SplitPlan,
     add_beside_text,
@@ -500,6 +501,11 @@ class Family:
         """Reason why a forward pass runs the model's own attention, whatever is attached; None if
         a method may run."""
         return None
+
+    def lighten(self, transformer: Model, is_on: Callable[[], bool]) -> Sequence[Removable]:
+        """Spare the model what it computes again to the same result, up to rounding, whenever
+        `is_on`. Returns what takes this off."""
+        return ()
 
     def timestep(self, given: Given) -> Tensor:
         """(B,) or (), or more if parts of the grid have their own."""

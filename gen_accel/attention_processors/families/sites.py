@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ SplitPlan = dict[str, Any]
 
 # A model of diffusers or a part of one, with the attributes of its class.
 Model = Any
+
+
+class Removable(Protocol):
+    """What was put on a model, as hooks of torch are."""
+
+    def remove(self) -> None:
+        """Take it off again."""
 
 
 class SelfAttention(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.tiny import anyflow_far
 
-from gen_accel import Neighborhood, Piecewise, attach
+from gen_accel import Dense, Neighborhood, Piecewise, attach, attach_own
 from gen_accel.attention_processors.families import family_of
 
 
@@ -46,3 +46,47 @@ def test_the_density_is_of_the_queries_of_the_chunk(pipe, stock, method):
     assert summary.density < 0.6
     record = next(iter(summary.records.values()))
     assert record.dense_flops == 4 * 2 * 32 * 3 * frame * tokens.video.tokens
+
+
+def longer(pipe):
+    """Nine chunks, and how many tokens the blocks ran on in each pass that filled the cache."""
+    filled, hooks = [], []
+
+    def note(block, args):
+        filled.append(args[0].shape[1])
+
+    def begin(model, args, kwargs):
+        if kwargs["kv_cache_flag"]["is_cache_step"]:
+            hooks.append(model.blocks[-1].register_forward_pre_hook(note))
+
+    def end(model, args, output):
+        while hooks:
+            hooks.pop().remove()
+
+    model = pipe.transformer
+    off = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+    off.append(model.register_forward_hook(end))
+    more = {"num_frames": 65, "chunk_partition": [1, *[2] * 8], "num_inference_steps": 1}
+    made = anyflow_far.generate(pipe, **more)
+    for hook in off:
+        hook.remove()
+    return made, filled
+
+
+WHOLE = Neighborhood((-1, -1, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("put", [attach_own, lambda pipe: attach(pipe, WHOLE)], ids=["own", "all"])
+def test_history_is_not_run_again_for_the_cache(pipe, put):
+    """A chunk has 2 x 24 tokens, 2 x 6 where it is coarse, and the first one half of it."""
+    stock, filled = longer(pipe)
+    assert filled == [24, 72, 6 + 96, *(6 + 12 * n + 96 for n in range(1, 6))]
+    with put(pipe):
+        made, fewer = longer(pipe)
+    torch.testing.assert_close(made, stock, atol=1e-4, rtol=1e-4)
+    assert fewer == [24, 72, 102, *[12 + 96] * 5]
+    with attach(pipe, Dense()):
+        again, own = longer(pipe)
+    assert own == filled
+    assert torch.equal(again, stock)

@@ -79,18 +79,18 @@ def pipeline() -> Any:
     return wan.pipeline(AnyFlowFARPipeline, transformer=transformer(), scheduler=scheduler)
 
 
-def generate(pipe: Any) -> Tensor:
+def generate(pipe: Any, **more: Any) -> Tensor:
     """Five chunks, of which the last two see coarse ones."""
+    given: dict[str, Any] = {"num_frames": 29, "num_inference_steps": 2} | more
     made = pipe(
         prompt="a red square moves right",
         height=96,
         width=64,
-        num_frames=29,
-        num_inference_steps=2,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(5),
         max_sequence_length=16,
         output_type="latent",
+        **given,
     )
     return made.frames
 
