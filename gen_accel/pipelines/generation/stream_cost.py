@@ -127,7 +127,7 @@ def forecast_stream(
     chunk = forecast(
         source, Dense(), height=height, width=width, num_frames=clip, steps=1, **options
     )
-    grid = subject.grid(height, width, clip)
+    grid = subject.whole(subject.grid(height, width, clip))
     samples = chunk.calls * chunk.batch
     wide = sum(site.heads * site.dim for site in subject.sites)
     more = Work(0, 4.0 * samples * grid.tokens * zones.kept(grid) * wide, 0)

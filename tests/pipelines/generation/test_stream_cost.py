@@ -58,6 +58,21 @@ def test_what_more_costs_costs_more():
     assert few["frames_per_chunk"] == 12
 
 
+def test_a_text_that_attends_with_the_video_is_of_the_chunk_alone():
+    size = {"height": 480, "width": 848, "dtype": "auto", "gpu": "h100", "fps": 24.0, "text": 1000}
+    zones, frame = Zones(3, window=2), 30 * 53
+    made = {
+        model: forecast_of(zones, model, **size, steps=4)
+        for model in ("HunyuanVideo-1.5", "Wan2.1-T2V-14B")
+    }
+    assert made["HunyuanVideo-1.5"].keys == 9 * frame + 1000
+    assert made["HunyuanVideo-1.5"].cache == 2 * 2 * 6 * frame * 54 * 2048
+    assert made["Wan2.1-T2V-14B"].keys == 9 * frame
+    film = forecast_of(zones, "LTX-Video", **(size | {"width": 832, "fps": 25.0, "text": 128}))
+    assert film.frames == 24
+    assert film.keys == 9 * 15 * 26
+
+
 def test_words():
     zones, size = Zones(3, window=2), {"height": 480, "width": 832, "dtype": "auto"}
     fast = forecast_of(zones, "Wan2.1-T2V-1.3B", gpu="h100", **size, steps=2, fps=8.0)
