@@ -262,8 +262,8 @@ def continued(
     Args:
         rounds: multiply in 8 bits.
     """
-    tensors = *(rowwise(x) for x in (q, k, v)), out, lse
-    given = *tensors, (slots, rows, row_counts), rule, gain, block_q, block_k
+    q, k, v = (rowwise(x) for x in (q, k, v))
+    given = q, k, v, out, lse, (slots, rows, row_counts), rule, gain, block_q, block_k
     if rounds:
         _int8_forward(*given, scale, begun=True)
     else:

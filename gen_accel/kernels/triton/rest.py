@@ -164,8 +164,8 @@ def rest(
 
 @rest.register_fake
 def _(q: Tensor, *given: object, wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    of_rows = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    return empty_out(rowwise(q), wide), *of_rows
+    lse, low_lse = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    return empty_out(rowwise(q), wide), lse, low_lse
 
 
 @torch.library.custom_op("gen_accel::triton_rest_backward", mutates_args=())
@@ -248,11 +248,16 @@ def _call(
     slots: Tensor,
     held_q: Tensor,
     held_k: Tensor,
-    *numbers: float,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    factor: float,
 ) -> launches.RestCall:
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     held = slots, held_q, held_k
-    return launches.RestCall(q, k, v, keep.view(torch.uint8), *held, common_of(k), *numbers)
+    return launches.RestCall(
+        q, k, v, keep.view(torch.uint8), *held, common_of(k), block_q, block_k, scale, factor
+    )
 
 
 def _heads(call: launches.RestCall) -> Iterator[slice]:
