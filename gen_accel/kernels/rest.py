@@ -68,8 +68,7 @@ def attention(
         if runs_triton:
             from gen_accel.kernels.triton import rest as by_triton  # imports triton
 
-            curve = curve_of(q, k, plan, scale, kernel)
-            return by_triton.attention(chosen, q, k, v, plan, curve, scale=scale)
+            return by_triton.attention(chosen, q, k, v, plan, scale=scale)
         out, lse = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
         joint, total = added(out, lse, q, k, v, plan, scale=scale, kernel=kernel)
         return joint.to(q.dtype), total
@@ -116,13 +115,13 @@ def added(
         Output and log-sum-exp over kept keys and rest, differentiable in all five tensors; the
         output is in q's dtype or a wider one.
     """
-    curve = curve_of(q, k, plan, scale, kernel)
-    if native_serves(kernel, q, k, v):
-        return native.added(out, lse, q, k, v, plan, curve, scale=scale)
     if triton_serves(kernel, q, q.shape[3]):
         from gen_accel.kernels.triton import rest as by_triton  # imports triton
 
-        return by_triton.added(out, lse, q, k, v, plan, curve, scale=scale)
+        return by_triton.added(out, lse, q, k, v, plan, scale=scale)
+    curve = curve_of(q, k, plan, scale, kernel)
+    if native_serves(kernel, q, k, v):
+        return native.added(out, lse, q, k, v, plan, curve, scale=scale)
     joint, total = plain(out, lse, q, k, v, plan, curve, scale=scale)
     assert plan.rest is not None
     if plan.rest.order != "zeroth":

@@ -178,11 +178,13 @@ def first_order(problem: Problem) -> list[KernelWork]:
 
 
 def second_order(problem: Problem) -> list[KernelWork]:
-    """List the work that the second order adds to the first one around queries: the curve, the
-    means of k, the squared offsets of k from them, and the pooled keys once more through the
-    cache."""
+    """List the work that the second order adds to the first one around queries: the curve, which
+    has the means of q and k too, so that of the zeroth order those of q are gone; the squared
+    offsets of k from them; and the pooled keys once more through the cache."""
     once = KernelWork(0, problem.one, problem.one)
-    return [*curve(problem), once, once, KernelWork(0, 0, pooled_bytes(problem) / 2, launches=0)]
+    made, *others = curve(problem)
+    made = KernelWork(0, made.memory - once.memory, made.cache - once.cache, launches=0)
+    return [made, *others, once, KernelWork(0, 0, pooled_bytes(problem) / 2, launches=0)]
 
 
 def curve(problem: Problem) -> list[KernelWork]:

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "gen_accel"
 NAME = "block_sparse_rest"
 # What the front imports.
-ROOTS = ("plan", "kernels.triton", *(f"kernels.triton.{x}" for x in ("rest", "curve")))
+ROOTS = ("plan", "kernels.triton", "kernels.triton.rest")
 # Modules that are exchanged, since they would bring files and tables that the kernel does not use.
 STAND_INS = {
     "registry": (

@@ -40,9 +40,9 @@ def test_products_and_bytes_are_those_of_the_kernels():
     assert (total.memory, total.launches) == (parts, 2)
     assert (add.memory, add.cache, add.launches) == (0, 4 * (2 * 16 * 16 * 2), 0)
     more = rest_cost.second_order(problem)
-    assert sum(work.memory for work in more) == (2 + 3) * (2 * 512 * 16 * 2)
-    assert sum(work.cache for work in more) == (2 + 6) * (2 * 512 * 16 * 2) + pairs / 2
-    assert sum(work.launches for work in more) == 2 + 9
+    assert sum(work.memory for work in more) == 3 * (2 * 512 * 16 * 2)
+    assert sum(work.cache for work in more) == 6 * (2 * 512 * 16 * 2) + pairs / 2
+    assert sum(work.launches for work in more) == 9
 
 
 def test_a_kernel_takes_the_longest_of_what_it_does():

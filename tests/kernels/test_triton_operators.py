@@ -71,7 +71,7 @@ def rest(device):
         q = qkv[0]
         rise, weight = torch.ones(q.shape[:3], device=device), q[:, :, 0].square() + 1
         keep = plan.keep.expand(*q.shape[:2], -1, -1)
-        given = keep, plan.slots_int32, *plan.held, rise, weight, None
+        given = keep, plan.slots_int32, *plan.held, rise, weight, None, None, None
         return *qkv, *given, BLOCK, BLOCK, True, 0.3, 0.01
 
     return of_plan(device, make)

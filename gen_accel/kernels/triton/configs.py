@@ -263,6 +263,7 @@ WARPS = 8
 # Times that a chunk of a rest which no cache holds fills the card, so that launches are few and
 # the last programs leave little idle; not timed.
 FULL = 3
+LARGE = 3 << 27  # bytes that a larger one may have
 
 # By head dim: spills nothing by compile_matrix; not timed.
 LINEAR = {
@@ -498,8 +499,9 @@ def groups_at_once(
     """Upper bound on the groups of query blocks whose pooled keys and values are held at once.
 
     As many as half of the last cache holds, so that one kernel reads from it what another wrote,
-    if their programs fill the card. Otherwise as many as fill it FULL times: from memory, a larger
-    chunk costs no more, and each wave of programs hides the end of the one before.
+    if their programs fill the card. Otherwise as many as LARGE holds, or as fill the card FULL
+    times: from memory, a larger chunk costs no more, and each wave of programs hides the end of
+    the one before.
 
     Args:
         columns: configuration of the kernel over the columns.
@@ -511,7 +513,7 @@ def groups_at_once(
     pairs = programs / -(-block_q // columns.tile_m)
     if held * group >= pairs:
         return held
-    return math.ceil(FULL * pairs / group)
+    return max(math.ceil(FULL * pairs / group), LARGE // pair // group)
 
 
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:

@@ -96,6 +96,7 @@ def _factors(weight, by, i_head, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def block_squares_kernel(
     x,
     drise,
+    means,
     squares,
     slots,
     H,
@@ -107,7 +108,8 @@ def block_squares_kernel(
     TILE: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
-    """Sum the squared offsets of each block's tokens from their mean, if WEIGHED by drise."""
+    """Sum the squared offsets of each block's tokens from their mean, if WEIGHED by drise; else
+    write the mean, too."""
     i_block, i_head, x, b_mean, _held = _block(x, slots, H, D, BLOCK_D, BLOCK, TILE)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
@@ -119,7 +121,10 @@ def block_squares_kernel(
             b_square *= b_g[:, None]
         b_sum += tl.sum(b_square, 0)
     o_d = tl.arange(0, BLOCK_D)
-    tl.store(squares + (i_head * K + i_block) * D + o_d, b_sum, mask=o_d < D)
+    p_block = (i_head * K + i_block) * D + o_d
+    tl.store(squares + p_block, b_sum, mask=o_d < D)
+    if not WEIGHED:
+        tl.store(means + p_block, b_mean, mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -246,11 +251,18 @@ def off_means_backward_kernel(
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """Compute rise and weight of a `kernels.rest.Curve`, in fp32, differentiable in q and k."""
+    rise, weight, *_ = with_means(q, k, plan, scale)
+    return rise, weight
+
+
+def with_means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, ...]:
+    """Compute rise and weight and, without a gradient, the means of query blocks, (B, H, Kq, D)
+    fp32, and of key blocks, (B, H, Kk, D) fp32."""
     times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.counted_blocks())
     numbers = plan.block_q, plan.block_k, scale
     given = plan.slots_int32, *times, *plan.held, *numbers
-    rise, weight, *_ = torch.ops.gen_accel.triton_curve(q, k, *given)
-    return rise, weight
+    rise, weight, _, _, *means = torch.ops.gen_accel.triton_curve(q, k, *given)
+    return rise, weight, *means
 
 
 class CurveSide(NamedTuple):
@@ -292,9 +304,10 @@ def curve(
     block_q: int,
     block_k: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute in fp32 the rise, (B, H, N), and w, (B, H, D); and without a gradient u, (B, H, D),
-    and the number of tokens that w and u are means of, at least 1, (2, B, H).
+    the number of tokens that w and u are means of, at least 1, (2, B, H), and the means of query
+    and of key blocks, (B, H, Kq, D) and (B, H, Kk, D).
 
     Args:
         slots: (S,) int32, the token of each slot, -1 for padding.
@@ -305,23 +318,23 @@ def curve(
     """
     queries = CurveSide(rowwise(q), slots, times_q, block_q)
     keys = CurveSide(rowwise(k), slots, times_k, block_k)
-    rise, weight, by, totals = _like(q)
-    _mean_squares(queries, held_q, weight, totals[0])
-    _mean_squares(keys, held_k, by, totals[1])
+    rise, weight, by, totals, query_means, key_means = _like(q, times_q, times_k)
+    _mean_squares(queries, held_q, weight, totals[0], query_means)
+    _mean_squares(keys, held_k, by, totals[1], key_means)
     sizes = *q.shape[1:3], CURVATURE * scale**2
     queries.launch(rise_kernel, (weight, by, rise), *sizes)
-    return rise, weight, by, totals
+    return rise, weight, by, totals, query_means, key_means
 
 
-def _like(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _like(q: Tensor, times_q: Tensor, times_k: Tensor) -> tuple[Tensor, ...]:
     """Allocate the results of a call, uninitialised."""
     B, H, N, D = q.shape
-    shapes = (B, H, N), (B, H, D), (B, H, D), (2, B, H)
-    rise, weight, by, totals = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return rise, weight, by, totals
+    blocks = ((B, H, x.shape[2], D) for x in (times_q, times_k))
+    shapes = (B, H, N), (B, H, D), (B, H, D), (2, B, H), *blocks
+    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-curve.register_fake(lambda q, *given: _like(q))
+curve.register_fake(lambda q, k, slots, *times: _like(q, *times[:2]))
 
 
 @torch.library.custom_op("gen_accel::triton_curve_backward", mutates_args=())
@@ -344,7 +357,7 @@ def curve_backward(
     drise, dweight = drise.contiguous(), dweight.contiguous()
     queries = CurveSide(rowwise(q), slots, times_q, block_q)
     keys = CurveSide(rowwise(k), slots, times_k, block_k)
-    sums = _block_squares(queries, drise).sum(2)
+    sums = _block_squares(queries, drise=drise).sum(2)
     made = []
     for side, total in zip((queries, keys), totals, strict=True):
         dx = torch.empty_like(side.x)
@@ -360,8 +373,8 @@ curve_backward.register_fake(laid_out_alike(5, 2))
 
 def _save(ctx: Context, inputs: Values, output: tuple[Tensor, ...]) -> None:
     q, k, slots, times_q, times_k, _, _, *ctx.numbers = inputs
-    _, *of_heads = output
-    ctx.mark_non_differentiable(*of_heads[1:])
+    _, *of_heads = output[:4]
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*of_heads, q, k, slots, times_q, times_k)
 
 
@@ -373,14 +386,17 @@ def _differentiate(ctx: Context, drise: Tensor, dweight: Tensor, *unused: object
 curve.register_autograd(_differentiate, setup_context=_save)
 
 
-def _mean_squares(side: CurveSide, held: Tensor, means: Tensor, totals: Tensor) -> None:
-    squares = _block_squares(side)
+def _mean_squares(
+    side: CurveSide, held: Tensor, weight: Tensor, totals: Tensor, means: Tensor
+) -> None:
+    """Write the mean squares, the number of tokens in them, and the means of blocks."""
+    squares = _block_squares(side, means)
     heads, (H, K) = side.x.shape[:2].numel(), side.times.shape[1:]
     launch(
         mean_squares_kernel,
         (heads, 1),
         side.x,
-        *(squares, side.times, held, means, totals),
+        *(squares, side.times, held, weight, totals),
         *(*side.times.stride()[:2], H, K),
         **configs.dims(side.x.shape[3]),
         TILE=TILE,
@@ -388,11 +404,14 @@ def _mean_squares(side: CurveSide, held: Tensor, means: Tensor, totals: Tensor) 
     )
 
 
-def _block_squares(side: CurveSide, drise: Tensor | None = None) -> Tensor:
-    """Sum the squares of each block, (B, H, K, D) fp32."""
+def _block_squares(
+    side: CurveSide, means: Tensor | None = None, drise: Tensor | None = None
+) -> Tensor:
+    """Sum the squares of each block, (B, H, K, D) fp32, and write the `means`, or weigh the
+    squares by `drise`."""
     H, N, D = side.x.shape[1:]
     squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
-    by = squares if drise is None else drise  # not read if None
+    given = (squares if x is None else x for x in (drise, means))  # not touched if None
     sizes = H, N, side.times.shape[2]
-    side.launch(block_squares_kernel, (by, squares), *sizes, WEIGHED=drise is not None)
+    side.launch(block_squares_kernel, (*given, squares), *sizes, WEIGHED=drise is not None)
     return squares

@@ -10,7 +10,7 @@ them again. No atomics: one program alone adds to each sum, in a fixed order.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gen_accel.kernels.base import Context, Kernel, Values
 from gen_accel.kernels.triton import configs, slope
+from gen_accel.kernels.triton import curve as curves
 from gen_accel.kernels.triton import rest_launches as launches
 from gen_accel.kernels.triton.launch import empty_out, launch, rows, rowwise
 from gen_accel.kernels.triton.pooling import spread_kernel
@@ -33,7 +34,7 @@ def pooled(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    curve: tuple[Tensor, Tensor] | None,
+    curve: tuple[Tensor, Tensor] | None = None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def pooled(
 
     Args:
         q, k, v: (B, H, N, D).
-        curve: for a rest of the second order, else None.
+        curve: of a rest of the second order; made here without.
 
     Returns:
         Output, (B, H, N, D) laid out like q, and log-sum-exp, (B, H, N) fp32, differentiable in
@@ -51,11 +52,15 @@ def pooled(
     assert plan.rest is not None
     keep = plan.keep.expand(*q.shape[:2], -1, -1)
     around_queries, sloped = plan.rest.centre == "query", plan.rest.order != "zeroth"
-    given = keep, plan.slots_int32, *plan.held, *(curve or (None, None))
+    of_curve: Sequence[Tensor | None] = curve or (None, None)
+    if plan.rest.order == "second" and curve is None:
+        of_curve = curves.with_means(q, k, plan, scale)
+    rise, weight, query_means, key_means = (*of_curve, None, None)[:4]
+    given = keep, plan.slots_int32, *plan.held, rise, weight, query_means, key_means
     factor = scale / plan.tokens
     numbers = plan.block_q, plan.block_k, around_queries, scale, factor
-    leaves = q, k, v, *(curve or ())
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    leaves = q, k, v, rise, weight
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     made = slope.state_of(k, v, plan) if sloped and not grad else None
     out, lse, _ = torch.ops.gen_accel.triton_rest(q, k, v, *given, made, *numbers, wide=grad)
     return slope.added(out, q, k, v, plan, scale=scale) if sloped and grad else out, lse
@@ -67,7 +72,6 @@ def attention(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    curve: tuple[Tensor, Tensor] | None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +80,7 @@ def attention(
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of all, (B, H, N) fp32.
     """
-    made = pooled(q, k, v, plan, curve, scale=scale)
+    made = pooled(q, k, v, plan, scale=scale)
     if not made[0].requires_grad and chosen.continued(q, k, v, plan.kept, *made, scale=scale):
         return made
     kept = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
@@ -91,11 +95,11 @@ def added(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    curve: tuple[Tensor, Tensor] | None,
+    curve: tuple[Tensor, Tensor] | None = None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run `gen_accel.kernels.rest.added`, with a curve for a rest of the second order."""
+    """Run `gen_accel.kernels.rest.added`; arguments as in `pooled`."""
     return _merged(out, lse, *pooled(q, k, v, plan, curve, scale=scale))
 
 
@@ -122,6 +126,8 @@ def rest(
     held_k: Tensor,
     rise: Tensor | None,
     weight: Tensor | None,
+    query_means: Tensor | None,
+    key_means: Tensor | None,
     state: Tensor | None,
     block_q: int,
     block_k: int,
@@ -139,6 +145,7 @@ def rest(
         slots: (S,) int32, the token of each slot, -1 for padding.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
         rise, weight: fields of a `Curve`, around queries alone.
+        query_means, key_means: (B, H, Kq, D) and (B, H, Kk, D) fp32 where they are known.
         state: H of `slope`, whose slope is added; None for none, and where there is a gradient.
         factor: of the slope.
         wide: return the output in fp32.
@@ -151,8 +158,8 @@ def rest(
         launches.forward(call, pooled, None, state, out, lse, low_lse)(chunk)
         return out, lse, low_lse
     if rise is not None and weight is not None:
-        call = launches.with_curve(call, rise, weight)
-    means = launches.means_of(call.q, call, call.block_q, torch.float32)
+        call = launches.with_curve(call, rise, weight, key_means)
+    means = launches.query_means(call, query_means)
     pooled = launches.room(call)
     pool = launches.pool(call, means.to(q.dtype), pooled)
     forward = launches.forward(call, pooled, means, state, out, lse, low_lse)
@@ -183,6 +190,8 @@ def rest_backward(
     held_k: Tensor,
     rise: Tensor | None,
     weight: Tensor | None,
+    query_means: Tensor | None,
+    key_means: Tensor | None,
     block_q: int,
     block_k: int,
     around_queries: bool,
@@ -202,9 +211,10 @@ def rest_backward(
         launches.dkdv_of(call, pooled, back, dk, dv)
         return dq, dk, dv, drise, dweight
     if rise is not None and weight is not None:
-        call = launches.with_curve(call, rise, weight)
+        call = launches.with_curve(call, rise, weight, key_means)
+    means = launches.query_means(call, query_means).to(q.dtype)
     for some in _heads(call):
-        given = back.of_heads(some), dq[:, some]
+        given = back.of_heads(some), means[:, some].contiguous(), dq[:, some]
         (dk[:, some], dv[:, some]), curve = _backward(call.of_heads(some), *given)
         if curve is not None:
             drise[:, some], dweight[:, some] = curve.rise, curve.weight
@@ -233,8 +243,8 @@ def _save(
 def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor, _: object) -> Values:
     numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale, ctx.factor
     *grads, drise, dweight = rest_backward(grad, grad_lse, *ctx.saved_tensors, *numbers)
-    of_curve = (drise, dweight) if ctx.saved_tensors[-1] is not None else (None, None)
-    return *grads, *[None] * 4, *of_curve, *[None] * 6
+    of_curve = (drise, dweight) if ctx.saved_tensors[-3] is not None else (None, None)
+    return *grads, *[None] * 4, *of_curve, *[None] * 8
 
 
 rest.register_autograd(_differentiate, setup_context=_save)
@@ -268,10 +278,9 @@ def _heads(call: launches.RestCall) -> Iterator[slice]:
 
 
 def _backward(
-    call: launches.RestCall, back: launches.RestGrads, dq: Tensor
+    call: launches.RestCall, back: launches.RestGrads, means: Tensor, dq: Tensor
 ) -> tuple[Tensor, launches.CurveGrads | None]:
     """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
-    means = launches.means_of(call.q, call, call.block_q)
     pooled, grads = launches.room(call), launches.room(call)
     (parts, dmeans), curve = launches.parts_of_means(call), launches.curve_grads(call)
     drise, of_tokens, of_pairs = curve or (None, None, None)

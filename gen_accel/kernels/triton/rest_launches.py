@@ -269,10 +269,17 @@ def means_of(
     return made
 
 
-def with_curve(call: RestCall, rise: Tensor, weight: Tensor) -> RestCall:
-    """Add to the call the means of its key blocks and the squared offsets from them, made once."""
+def query_means(call: RestCall, known: Tensor | None) -> Tensor:
+    """Means of query blocks, (B, H, Kq, D) fp32."""
+    return means_of(call.q, call, call.block_q, torch.float32) if known is None else known
+
+
+def with_curve(call: RestCall, rise: Tensor, weight: Tensor, key_means: Tensor | None) -> RestCall:
+    """Add to the call the means of its key blocks, where they are not known, and the squared
+    offsets from them, made once."""
     rise, weight = rise.float().contiguous(), weight.float().contiguous()
-    key_means = means_of(call.k, call, call.block_k, torch.float32)
+    if key_means is None:
+        key_means = means_of(call.k, call, call.block_k, torch.float32)
     squares = torch.empty_like(rise)
     H, N, _, Kk = call.sizes
     tensors = *rows(call.k), key_means, weight, squares

@@ -78,7 +78,6 @@ def attention(
     """Run a plan, which may lay tokens out in another order and have windows inside blocks; see
     `Plan`. Arguments and results are those of `block_sparse_attention`."""
     from .kernels.base import facts_of
-    from .kernels.triton import curve
     from .kernels.triton import rest as pooled
 
     if not q.shape == k.shape == v.shape or q.shape[2] != plan.tokens:
@@ -91,5 +90,4 @@ def attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if plan.rest is None:
         return _kernel.forward_lse(q, k, v, plan, scale=scale)
-    curved = curve.curve_of(q, k, plan, scale) if plan.rest.order == "second" else None
-    return pooled.attention(_kernel, q, k, v, plan, curved, scale=scale)
+    return pooled.attention(_kernel, q, k, v, plan, scale=scale)
