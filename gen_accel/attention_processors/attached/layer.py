@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gen_accel import kernels
@@ -24,6 +25,7 @@ from gen_accel.attention_processors.attached.step_state import StateHandle, Step
 from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text, together
+from gen_accel.block_mask import flex_attention
 from gen_accel.kernels.self_check import SelfCheck
 from gen_accel.method import Method, Step, check_method, is_silent
 from gen_accel.plan import Plan
@@ -175,7 +177,7 @@ class Layer:
         with self.recording(call.q, state, handle.record) as record:
             if tokens is None or (why is not None and self.runs_stock(call, tokens)):
                 # A dense call need not know the grid.
-                out = call.stock()
+                out = self.by_model(call)
                 if record is not None:
                     known = tokens is not None or handle.passing.own is not None
                     at = why if known else f"{why}, at a grid that is not known"
@@ -322,6 +324,16 @@ class Layer:
         if named != "auto":
             return named
         return None if call.refused else _faster(call.q.device, call.q.dtype, call.q.shape[3])
+
+    def by_model(self, call: Call) -> Tensor:
+        """The model's own attention. In a pass that no method may run in, a `BlockMask` beside a
+        method is run by a kernel: uncompiled FlexAttention makes the matrix of all scores."""
+        mask: object = call.mask
+        spared = self.handle.passing.own is not None and not self.is_dense
+        if not (spared and isinstance(mask, BlockMask) and call.parallel is None):
+            return call.stock()
+        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        return flex_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
 
     def check(self, call: Call, tokens: Tokens) -> None:
         """Raise ValueError for a call that a method cannot replace."""
