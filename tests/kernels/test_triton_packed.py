@@ -3,6 +3,7 @@
 import autotune
 import pytest
 import torch
+from support.checks import assert_no_worse
 from support.problems import blind, random_plan
 from support.products import NIGHTLY, in_turns
 from support.triton_plans import (
@@ -13,9 +14,11 @@ from support.triton_plans import (
     routed_plan,
 )
 
+from gen_accel import kernels
+from gen_accel.kernels import reference
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import block_sparse, configs, packing
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Rest
 
 forward_lse = package.kernel.forward_lse
 
@@ -42,9 +45,9 @@ def launched(monkeypatch):
     kinds = []
     own = block_sparse.launch_over
 
-    def watched(kind, *rest):
+    def watched(kind, *rest, **options):
         kinds.append(kind)
-        return own(kind, *rest)
+        return own(kind, *rest, **options)
 
     monkeypatch.setattr(packing, "pays", lambda *facts: True)
     monkeypatch.setattr(block_sparse, "launch_over", watched)
@@ -118,6 +121,21 @@ def test_any_scale(scale, kinds, device, launched):
     plan = random_plan(device, block_q=32, block_k=16)
     assert_matches_reference(plan, inputs(plan, torch.bfloat16), scale=scale)
     assert set(launched) == kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["triton", "triton_int8"])
+def test_kept_keys_go_on_with_a_rest(kernel, device, launched):
+    """Packed, and in 8 bits, where no gradient is needed."""
+    plan = random_plan(device, 1, 2, 32, 16, rest=Rest("query", "second"))
+    tensors = [x.to(device) for x in inputs(plan, torch.bfloat16)]
+    out, lse = kernels.run_lse(*tensors, plan, scale=0.3, kernel=kernel)
+    assert launched == ["packed forward" if kernel == "triton" else "int8 forward"]
+    exact = reference.kernel.forward_lse(*(x.double() for x in tensors), plan, scale=0.3)
+    low = reference.kernel.forward_lse(*tensors, plan, scale=0.3)
+    more = kernels.allowance(kernel, *tensors, plan, scale=0.3)
+    assert_no_worse(out, low[0], exact[0], more=more)
+    assert torch.equal(lse.isneginf(), exact[1].isneginf())
 
 
 @pytest.mark.slow

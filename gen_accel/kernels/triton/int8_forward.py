@@ -27,13 +27,14 @@ from gen_accel.kernels import rounding
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import WARPS, launch, rows
 from gen_accel.kernels.triton.rest_columns import common_key, common_of, common_scores
-from gen_accel.kernels.triton.sparse_forward import attend_tiles, begun, ended, own_list
+from gen_accel.kernels.triton.sparse_forward import attend_tiles, begun, ended
 from gen_accel.kernels.triton.tiles import (
     BITS,
     NONE,
     SIZES,
     load_rows,
     of_head,
+    own_list,
     own_tile,
     store_rows,
 )

@@ -35,6 +35,7 @@ from gen_accel.kernels.triton.tiles import (
     obey_bits,
     of_head,
     own_bits,
+    own_list,
     own_tile,
     packed_tile,
     store_rows,
@@ -204,24 +205,17 @@ def dq_kernel(
 ):
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     PLACES: tl.constexpr = BLOCK_K // TILE_N if PACKED else BLOCK_K
-    i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    i_pattern = i_b * pattern_b + i_h * pattern_h
-    i_block, index, masked, total = listed_blocks(
-        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, PLACES
+    i_block, index, masked, total, rule, gain = own_list(
+        *(index, counts, rule, more, gain, i_b * pattern_b + i_h * pattern_h),
+        *(i_b * route_b + i_h * route_h, i_b * gain_b + i_h * gain_h, entries, S, C),
+        *(BLOCK_Q, BLOCK_K, PLACES, TILES, RULE, GAIN),
     )
     if not PACKED:
         k = of_head(k, i_b, i_h)
         v = of_head(v, i_b, i_h)
-    if RULE == BITS:
-        i_list = i_pattern * (S // BLOCK_Q) + i_block
-        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
-    else:
-        rule += (i_b * route_b + i_h * route_h) * S * C
-    if GAIN:
-        gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
-    o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
+    o_q, o_t = own_tile(slots, i_block, tl.program_id(0) % TILES, BLOCK_Q, TILE_M)
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
     b_grad = load_rows(of_head(grad, i_b, i_h), o_t, D, BLOCK_D, True)
     if PACKED:

@@ -215,6 +215,42 @@ def own_bits(words, first, i_own, BLOCK: tl.constexpr, LISTED: tl.constexpr):
 
 
 @triton.jit
+def own_list(
+    index,
+    counts,
+    rule,
+    more,
+    gain,
+    i_pattern,
+    i_route,
+    i_gain,
+    entries,
+    S,
+    C,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PLACES: tl.constexpr,
+    TILES: tl.constexpr,
+    RULE: tl.constexpr,
+    GAIN: tl.constexpr,
+):
+    """Find the query block of this program, TILES programs to a block: its number, its list with
+    the places that need a mask and all places, and the rule and the gain of its row."""
+    K = S // BLOCK_Q
+    i_turn = tl.program_id(0) // TILES
+    i_block, index, masked, total = listed_blocks(
+        index, counts, i_pattern, i_turn, K, entries, PLACES
+    )
+    if RULE == BITS:
+        rule = own_bits(rule, more, i_pattern * K + i_block, BLOCK_Q, BLOCK_K)
+    else:
+        rule += i_route * S * C
+    if GAIN:
+        gain += (i_gain * K + i_block) * (S // BLOCK_K)
+    return i_block, index, masked, total, rule, gain
+
+
+@triton.jit
 def listed_words(
     words, o_r, i_p, stop, BLOCK: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr
 ):
