@@ -290,7 +290,7 @@ class TrainConfig(Config):
     )
 
     method: str = option(
-        "radial",
+        "piecewise",
         "Attention",
         "Attention method, one of `gen-accel list` or module:Class; dense: the model's own.",
         choices=registry.METHODS,
@@ -307,10 +307,14 @@ class TrainConfig(Config):
         kept=False,
     )
     dense_layers: int = option(
-        2, "Attention", "Number of first blocks that stay dense.", ge=0, le=MOST_LAYERS
+        registry.RULES[registry.PRESET].layers,
+        "Attention",
+        "Number of first blocks that stay dense.",
+        ge=0,
+        le=MOST_LAYERS,
     )
     dense_steps: int = option(
-        2,
+        registry.RULES[registry.PRESET].steps,
         "Attention",
         "Number of first denoising steps that stay dense in a generation; kept beside the LoRA.",
         ge=0,

@@ -52,7 +52,6 @@ class AttentionChoice:
     Args:
         form: has the fields of the attention.
         dense: whether dense is a choice.
-        chosen: at first.
         text: field for options of the method, as text.
     """
 
@@ -62,18 +61,17 @@ class AttentionChoice:
         form: Form,
         *,
         dense: bool = True,
-        chosen: str = PRESET,
         text: str = "set",
     ) -> None:
         prefix, self.page, self.form = form.prefix, page, form
         self.quality = gr.Radio(
             [(words, name) for name, words in CHOICES.items() if dense or name != DENSE],
-            value=chosen,
+            value=PRESET,
             label="Attention",
             elem_id=f"{prefix}-quality",
             info=what_presets_lose(),
         )
-        with gr.Group(visible=chosen == OWN) as own:
+        with gr.Group(visible=False) as own:
             method = form.add("method", choices=METHOD_CHOICES, allow_custom_value=False)
             place = gr.Column(elem_id=f"{prefix}-fields")
             with gr.Accordion("The same as text", open=False, elem_id=f"{prefix}-set-fold"):
@@ -84,7 +82,6 @@ class AttentionChoice:
         self.quality.change(**shows, outputs=[own], api_visibility="private", **ORDERED)
         method.input(None, None, [lines], js="() => ''", **QUIETLY)
         triggers = [self.quality.change, method.change, self.renewed.change]
-        triggers += [page.tab.change] if chosen == OWN else []  # as the page opens
         with place:
 
             @gr.render([self.quality, method, lines], triggers=triggers, **ORDERED)

@@ -45,6 +45,7 @@ from gen_accel.kernels.native import rest as native_rest
 from gen_accel.method import RunPlan, Step, plan_once
 from gen_accel.parsing import TOLD, Finite, Share, check_options
 from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
+from gen_accel.registry import PRESET, RULES
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
@@ -127,7 +128,7 @@ class Piecewise(BlockSelection):
         block_q, block_k: tokens in a query and in a key block.
     """
 
-    critical: Share | tuple[Share, ...] = field(default=0.2, metadata=TOLD)
+    critical: Share | tuple[Share, ...] = field(default=RULES[PRESET].critical, metadata=TOLD)
     select: Select = "topk"
     tau: Finite = 1.0
     tau_end: Finite | None = None

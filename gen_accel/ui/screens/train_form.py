@@ -12,7 +12,7 @@ from gen_accel.config import read_mapping, written
 from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.io import read_text
 from gen_accel.lora.config import TrainConfig, print_config
-from gen_accel.registry import RULES
+from gen_accel.registry import PRESET, RULES
 from gen_accel.served import PUBLISHED
 from gen_accel.ui.attention_choice import DENSE, OWN, AttentionChoice
 from gen_accel.ui.form import Form
@@ -113,7 +113,7 @@ STAGES = "33:200 is 200 steps of 33 frames, 33:3e is 3 epochs; then longer ones:
 ATTENTION: dict[str, Values] = {
     name: {
         "method": "piecewise",
-        "settings": [f"critical={rule.critical}"],
+        "settings": [] if name == PRESET else [f"critical={rule.critical}"],
         "dense_layers": rule.layers,
         "dense_steps": rule.steps,
     }
@@ -157,7 +157,7 @@ class TrainForm(Form):
                 min_width=200,
             )
         with gr.Accordion("All settings", open=False, elem_id="train-all"):
-            self.attention = AttentionChoice(self.page, self, chosen=OWN, text="settings")
+            self.attention = AttentionChoice(self.page, self, text="settings")
             for i in range(0, len(MATTER), 2):
                 self.row(*MATTER[i : i + 2])
             self.rest()
@@ -187,8 +187,14 @@ class TrainForm(Form):
     def shown(self, values: Options) -> Held:
         out = Path(str(values.get("out", FIRST)))
         name = out.name if out.parent == self.trainings else str(out)
-        told = {field: written(value) for field, value in values.items()}
-        fits = (choice for choice, own in ATTENTION.items() if own.items() <= told.items())
+        known = TrainConfig.model_fields
+        fits = (
+            choice
+            for choice, own in ATTENTION.items()
+            if all(
+                written(values.get(field, known[field].default)) == x for field, x in own.items()
+            )
+        )
         chosen = next(fits, OWN)
         kept = {field: x for field, x in values.items() if field not in ATTENTION.get(chosen, {})}
         return {**super().shown({**kept, "out": name}), **self.attention.shown(chosen)}
