@@ -5,7 +5,7 @@ import reprlib
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 UNIONS = (Union, types.UnionType)
 MOST_SHOWN = 200  # characters of a wrong value in an error
-TOLD = {"told": True}  # of a field that `brief` writes also at its default
 WHOLE = 2**63  # below it whole numbers are, and their negatives, as in tensors
 
 # Types with limits, for fields of dataclasses: an interval, whose words the error holds.
@@ -207,14 +206,21 @@ def shown(value: object) -> str:
     return cut(_SHORT.repr(value))
 
 
+def is_told(one: Field[Any], options: object) -> bool:
+    """Whether a field is written with its options: it is not at its default, or "told" of its
+    metadata, a function of the options, says so."""
+    at_default = getattr(options, one.name) == one.default
+    return not at_default or ("told" in one.metadata and one.metadata["told"](options))
+
+
 def brief(options: object) -> str:
-    """Write options as the call that makes them, of the defaults only those that are `TOLD`."""
+    """Write options as the call that makes them, with the fields that `is_told` names."""
     if not is_dataclass(options) or type(options).__str__ is not object.__str__:
         return str(options)
     given = []
     for one in fields(options):
         value = getattr(options, one.name)
-        if one.repr and (value != one.default or one.metadata == TOLD):
+        if one.repr and is_told(one, options):
             given.append(f"{one.name}={brief(value) if is_dataclass(value) else repr(value)}")
     return f"{type(options).__name__}({', '.join(given)})"
 

@@ -153,7 +153,8 @@ def test_a_call_is_written_without_defaults():
     assert brief(Reuse(Piecewise(0.2, band=1), every=4)) == (
         "Reuse(method=Piecewise(critical=0.2, band=1), every=4)"
     )
-    assert brief(Piecewise()) == "Piecewise(critical=0.2)"  # told, as nothing else says it
+    assert brief(Piecewise()) == "Piecewise(critical=0.2)", "nothing else says the density"
+    assert brief(Piecewise(select="threshold")) == "Piecewise(select='threshold')"
     assert brief("a b") == "a b"
 
 

@@ -20,10 +20,11 @@ from gen_accel.attention_processors.attached.recipe import (
     parse,
     read_recipe,
 )
-from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
+from gen_accel.attention_processors.methods.registry import method_of_file, options_of
 from gen_accel.demo import NAME
 from gen_accel.hub import REPOSITORY, check_repository, silenced
 from gen_accel.io import fields_of, named, not_finite, read_fields, read_tensors, replacing
+from gen_accel.parsing import is_told
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.image_prompt import formats
 from gen_accel.pipelines.tuning.preset import KIND, Preset, read_preset, read_profile
@@ -132,12 +133,17 @@ def example_prompt(recipe: Recipe) -> str:
 
 
 def _options(recipe: Recipe) -> str:
-    """Options that differ from the method's defaults, a space before; none that may be a path."""
-    plain = saved_options(method_of_file(recipe.method, {}))
+    """Options of the method that `is_told` names, a space before; none that may be a path."""
+    plain = method_of_file(recipe.method, {})
+    usual = {
+        one.name: getattr(plain, one.name)
+        for one in options_of(type(plain))
+        if not is_told(one, plain)
+    }
     shown = [
         f"`{name}={value}`"
         for name, value in recipe.options.items()
-        if value != plain.get(name)
+        if not (name in usual and value == usual[name])
         and isinstance(value, bool | int | float | str)
         and not set(str(value)) & set("/\\~")
     ]

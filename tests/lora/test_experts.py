@@ -204,7 +204,7 @@ class TestUse:
         out, _ = both
         size = (5, *ft.LATENTS)
         handle = gen_accel.attach(pipe, from_lora=out / "lora")
-        assert handle.schedule == Schedule(dense_steps=2)
+        assert handle.schedule == Schedule(dense_steps=1)
         assert {name.partition(".")[0] for name in handle.branches} == {*PARTS}
         with torch.no_grad(), handle.scheduled(Schedule()):
             said = [wan.forward(getattr(pipe, part), *size) for part in PARTS]

@@ -101,7 +101,7 @@ class TestFromLora:
     def test_the_dense_steps_are_those_of_the_training(self, whole):
         pipe = self.loaded(whole / "lora")
         handle = gen_accel.attach(pipe, from_lora=whole / "lora")
-        assert handle.schedule == Schedule(dense_steps=2)
+        assert handle.schedule == Schedule(dense_steps=1)
 
     def test_another_method_is_warned_of(self, sparse):
         folder, _ = sparse

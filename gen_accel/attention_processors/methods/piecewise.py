@@ -43,7 +43,7 @@ from gen_accel.kernels.base import Runner, name_of, scale_of, scale_or_default
 from gen_accel.kernels.dispatch import native_serves
 from gen_accel.kernels.native import rest as native_rest
 from gen_accel.method import RunPlan, Step, plan_once
-from gen_accel.parsing import TOLD, Finite, Share, check_options
+from gen_accel.parsing import Finite, Share, check_options
 from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
 from gen_accel.registry import PRESET, RULES
 from gen_accel.video import VideoShape
@@ -128,7 +128,9 @@ class Piecewise(BlockSelection):
         block_q, block_k: tokens in a query and in a key block.
     """
 
-    critical: Share | tuple[Share, ...] = field(default=RULES[PRESET].critical, metadata=TOLD)
+    critical: Share | tuple[Share, ...] = field(
+        default=RULES[PRESET].critical, metadata={"told": lambda one: one.select == "topk"}
+    )
     select: Select = "topk"
     tau: Finite = 1.0
     tau_end: Finite | None = None

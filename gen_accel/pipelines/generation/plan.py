@@ -29,7 +29,7 @@ from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
 from gen_accel.outputs import numbered
-from gen_accel.parsing import as_text, shown
+from gen_accel.parsing import as_text, is_told, shown
 from gen_accel.paths import DEMO, check_replaceable, expanded, model_named
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
@@ -664,12 +664,12 @@ def method_words(method: Method) -> dict[str, Any]:
 
 
 def written_options(method: Method) -> list[str]:
-    """Write the options of a method that differ from their defaults, "field=value" each, as
-    `method_from` reads them. A method within is written by its name, and its options."""
+    """Write the options of a method that `is_told` names, "field=value" each, as `method_from`
+    reads them. A method within is written by its name, and its options."""
     written = []
     for one in options_of(type(method)):
         value = getattr(method, one.name)
-        if value == one.default:
+        if not is_told(one, method):
             continue
         if options_of(type(value)):
             written.append(f"{one.name}={method_name(value)}")
