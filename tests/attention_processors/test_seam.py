@@ -148,6 +148,7 @@ def test_sites_with_a_lora(name):
     assert family_for(model, "image prompts").image_attentions(model) == sites
 
 
+@torch.no_grad()
 def test_the_grid_and_the_timestep_are_read_from_the_call(case):
     model, given = case.build(), case.inputs()
     family = family_for(model, "image prompts")
@@ -184,6 +185,7 @@ def test_grids_that_are_none():
 
 
 @pytest.mark.turns(5)
+@torch.no_grad()
 def test_a_tap_that_gives_nothing_changes_nothing(case):
     model, given = case.build(), case.inputs()
     before, stock = processors(model), output(model, given)
@@ -198,6 +200,7 @@ def test_a_tap_that_gives_nothing_changes_nothing(case):
 
 
 @pytest.mark.turns(5)
+@torch.no_grad()
 def test_a_tap_that_adds(case):
     model, given = case.build(), case.inputs()
     before, stock = processors(model), output(model, given)
@@ -213,6 +216,7 @@ def test_a_tap_that_adds(case):
 
 
 @pytest.mark.turns(5)
+@torch.no_grad()
 def test_a_tap_sees_the_video_alone(case):
     """In the first block its queries follow the video and not the text."""
     model, given, seen = case.build(), case.inputs(), []
@@ -374,6 +378,7 @@ def test_equals_the_adapters_of_diffusers(name):
 
 @pytest.mark.turns(5)
 @pytest.mark.slow
+@torch.no_grad()
 def test_two_image_prompts_add_up(case):
     model, given = case.build(), case.inputs()
     tap_all(model, lambda site, q, samples: 0.3 * q)
@@ -594,6 +599,8 @@ def test_gradient_checkpointing(method):
 @pytest.mark.turns(5)
 @pytest.mark.slow
 def test_gradient_checkpointing_in_each_family(case):
+    if case.family == "anyflow_far":
+        pytest.skip("its own attention, FlexAttention, has no backward pass on a CPU")
     model, given = case.build(), case.inputs()
     made, _ = branches(model)
 

@@ -25,7 +25,6 @@ from gen_accel.attention_processors.attached.step_state import StateHandle, Step
 from gen_accel.attention_processors.methods.dense import Dense, Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text, together
-from gen_accel.block_mask import flex_attention
 from gen_accel.kernels.self_check import SelfCheck
 from gen_accel.method import Method, Step, check_method, is_silent
 from gen_accel.plan import Plan
@@ -332,6 +331,8 @@ class Layer:
         spared = self.handle.passing.own is not None and not self.is_dense
         if not (spared and isinstance(mask, BlockMask) and call.parallel is None):
             return call.stock()
+        from gen_accel.block_mask import flex_attention  # few models have such a mask
+
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
         return flex_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
 

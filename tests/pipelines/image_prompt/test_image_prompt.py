@@ -63,6 +63,8 @@ def test_scale_0_is_the_base_model(case):
 @pytest.mark.turns(5)
 @pytest.mark.slow
 def test_training_begins_at_the_base_model_and_moves_all(case):
+    if case.family == "anyflow_far":
+        pytest.skip("its own attention, FlexAttention, has no backward pass on a CPU")
     model, given = case.build().requires_grad_(False), case.inputs()
     for layer in model.modules():  # tiny models whose last layer is zero would stop any gradient
         if isinstance(layer, nn.Linear) and not layer.weight.any():
