@@ -173,7 +173,7 @@ class OwnSparsity:
                 self._runs.append(alike[key])
                 self._rebind(model, own.makers)
                 if any(kind.__name__ in served_classes() for kind in type(model).__mro__):
-                    self._lighter += family_of(model).lighten(model, self._is_on)
+                    self._lighter += family_of(model).lighten(model, lambda: self.is_attached)
             options = {"also": own.also, "poses": own.poses}
             processor = TappedProcessor(stock, CALL, model, alike[key], in_graphs=True, **options)
             if bound:
@@ -196,9 +196,6 @@ class OwnSparsity:
     def is_attached(self) -> bool:
         """Whether some attention still runs by a kernel of ours."""
         return any(module.processor is processor for _, module, processor in self._sites)
-
-    def _is_on(self) -> bool:
-        return self.is_attached
 
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time."""

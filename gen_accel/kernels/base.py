@@ -17,6 +17,7 @@ from gen_accel.plan import Plan, Route
 from gen_accel.registry import check_subclass
 
 Context = Any  # that autograd passes to the functions of an operator; it takes any attribute
+Attended = tuple[Tensor, Tensor]  # output, (B, H, N, D), and log-sum-exp, (B, H, N)
 Values = tuple[Any, ...]  # inputs of an operator, or their gradients
 Pattern = Literal["blocks", "windows", "route"]
 PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
@@ -189,19 +190,13 @@ class Kernel:
         raise NotImplementedError
 
     def continued(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, begun: Attended, *, scale: float
     ) -> bool:
-        """Go on with a softmax over other keys: write over its output, in q's dtype, and its
-        log-sum-exp those over all keys. Without a gradient, and of plans that `unsupported` lets
-        pass.
+        """Go on with a softmax over other keys, and write over what has begun. Without a gradient,
+        and of plans that `unsupported` lets pass.
+
+        Args:
+            begun: output over the other keys, in q's dtype, and log-sum-exp.
 
         Returns:
             False where nothing was done, as the kernel cannot.

@@ -246,7 +246,7 @@ def overlapping(size: tuple[int, int, int]) -> Calls:
 
 
 def in_chunks(size: tuple[int, int, int]) -> Calls:
-    """Of AnyFlow FAR, which takes a picture as a video of one frame."""
+    """Calls of AnyFlow FAR, which takes a picture as a video of one frame."""
     start, video = picture(0, *size[1:]), frames_of(size, 5)
     chunks = {"chunk_partition": [1, 2, 2]}
 

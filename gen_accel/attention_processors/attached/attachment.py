@@ -238,7 +238,7 @@ class Attachment(Shared):
                 transformer.register_forward_hook(self._end),
             ]
             if not method.is_dense:
-                self._hooks[name] += family.lighten(transformer, self._runs)
+                self._hooks[name] += family.lighten(transformer, lambda: not self.is_paused)
 
     @property
     def clock(self) -> Clock:
@@ -302,9 +302,6 @@ class Attachment(Shared):
             put_processor(module, processor)
             made.append((module, processor))
         return made
-
-    def _runs(self) -> bool:
-        return not self.is_paused
 
     def _counts_padding_once(self) -> bool:
         """Whether padding is counted once in the pass under way."""

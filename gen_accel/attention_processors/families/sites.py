@@ -26,7 +26,7 @@ Model = Any
 
 
 class Removable(Protocol):
-    """What was put on a model, as hooks of torch are."""
+    """A change of a model that comes off again, as a hook of torch does."""
 
     def remove(self) -> None:
         """Take it off again."""

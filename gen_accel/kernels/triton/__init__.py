@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel
+from gen_accel.kernels.base import Attended, AutoPlace, Facts, Kernel
 from gen_accel.kernels.triton.lists import prepare
 from gen_accel.plan import Plan
 
@@ -79,19 +79,11 @@ class TritonKernel(Kernel):
         return block_sparse.attention(q, k, v, *prepare(plan), scale, wide=wide)
 
     def continued(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, begun: Attended, *, scale: float
     ) -> bool:
         from gen_accel.kernels.triton import gathered  # imports triton
 
-        return not gathered.serves(plan) and continued(q, k, v, plan, out, lse, scale=scale)
+        return not gathered.serves(plan) and continued(q, k, v, plan, begun, scale=scale)
 
 
 def continued(
@@ -99,8 +91,7 @@ def continued(
     k: Tensor,
     v: Tensor,
     plan: Plan,
-    out: Tensor,
-    lse: Tensor,
+    begun: Attended,
     *,
     scale: float,
     rounds: bool = False,
@@ -111,7 +102,7 @@ def continued(
     made = prepare(plan)
     lists = made.slots, made.rows, made.row_counts, made.rule, made.gain
     numbers = made.block_q, made.block_k, made.raster, scale, rounds
-    block_sparse.continued(out, lse, q, k, v, *lists, *numbers)
+    block_sparse.continued(*begun, q, k, v, *lists, *numbers)
     return True
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import rounding, triton
-from gen_accel.kernels.base import Facts, Kernel
+from gen_accel.kernels.base import Attended, Facts, Kernel
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.lists import prepare
 from gen_accel.plan import Plan
@@ -48,17 +48,9 @@ class TritonInt8(Kernel):
         return block_sparse.int8_attention(q, k, v, *lists, *sizes)
 
     def continued(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, begun: Attended, *, scale: float
     ) -> bool:
-        return triton.continued(q, k, v, plan, out, lse, scale=scale, rounds=True)
+        return triton.continued(q, k, v, plan, begun, scale=scale, rounds=True)
 
     def allowance(
         self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *, plan: Plan, scale: float

@@ -81,7 +81,7 @@ def attention(
         (B, H, N, D) in q's dtype, and the log-sum-exp of all, (B, H, N) fp32.
     """
     made = pooled(q, k, v, plan, scale=scale)
-    if not made[0].requires_grad and chosen.continued(q, k, v, plan.kept, *made, scale=scale):
+    if not made[0].requires_grad and chosen.continued(q, k, v, plan.kept, made, scale=scale):
         return made
     kept = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
     joint, total = _merged(*kept, *made)

@@ -58,7 +58,7 @@ class CurveGrads(NamedTuple):
 
 
 class RestGrads(NamedTuple):
-    """What is given to a backward pass.
+    """Gradients and sums that a backward pass begins with.
 
     Args:
         grad: of the output, (B, H, N, D), rows of one stride.

@@ -187,14 +187,9 @@ class TrainForm(Form):
     def shown(self, values: Options) -> Held:
         out = Path(str(values.get("out", FIRST)))
         name = out.name if out.parent == self.trainings else str(out)
-        known = TrainConfig.model_fields
-        fits = (
-            choice
-            for choice, own in ATTENTION.items()
-            if all(
-                written(values.get(field, known[field].default)) == x for field, x in own.items()
-            )
-        )
+        usual = {field: one.default for field, one in TrainConfig.model_fields.items()}
+        told = {field: written(value) for field, value in {**usual, **values}.items()}
+        fits = (choice for choice, own in ATTENTION.items() if own.items() <= told.items())
         chosen = next(fits, OWN)
         kept = {field: x for field, x in values.items() if field not in ATTENTION.get(chosen, {})}
         return {**super().shown({**kept, "out": name}), **self.attention.shown(chosen)}

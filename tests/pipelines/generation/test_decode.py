@@ -153,7 +153,7 @@ def ltx_vae(**config):
 
 
 def ltx_91_vae():
-    """Of 0.9.1: told how noisy the latents are, with noise of its own."""
+    """Autoencoder as of 0.9.1: told how noisy the latents are, with noise of its own."""
     return ltx_vae(
         decoder_block_out_channels=(8, 16, 32),
         decoder_layers_per_block=(1, 1, 1, 1),

@@ -10,9 +10,9 @@ from support.tiny.wan import inputs as wan_inputs
 from torch import Tensor
 
 
-def transformer() -> Any:
+def transformer(kind: Any = AnyFlowTransformer3DModel, **more: Any) -> Any:
     torch.manual_seed(0)
-    return AnyFlowTransformer3DModel(
+    return kind(
         num_attention_heads=wan.HEADS,
         attention_head_dim=wan.HEAD_DIM,
         in_channels=wan.CHANNELS,
@@ -22,6 +22,7 @@ def transformer() -> Any:
         ffn_dim=32,
         num_layers=wan.LAYERS,
         rope_max_seq_len=32,
+        **more,
     ).eval()
 
 

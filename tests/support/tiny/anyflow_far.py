@@ -9,9 +9,7 @@ from diffusers import (
     FlowMapEulerDiscreteScheduler,
 )
 from support import wan
-from support.tiny import Case
-from support.tiny.anyflow import inputs as anyflow_inputs
-from support.tiny.anyflow import poke as poke_latents
+from support.tiny import Case, anyflow
 from support.tiny.wan import noise
 from torch import Tensor
 
@@ -20,20 +18,8 @@ PARTITION = (1, 1, 2, 2, 2)
 
 
 def transformer() -> Any:
-    torch.manual_seed(0)
-    return AnyFlowFARTransformer3DModel(
-        num_attention_heads=wan.HEADS,
-        attention_head_dim=wan.HEAD_DIM,
-        in_channels=wan.CHANNELS,
-        out_channels=wan.CHANNELS,
-        text_dim=wan.TEXT_WIDTH,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=wan.LAYERS,
-        rope_max_seq_len=32,
-        full_chunk_limit=LIMIT,
-        chunk_partition=PARTITION,
-    ).eval()
+    own = {"full_chunk_limit": LIMIT, "chunk_partition": PARTITION}
+    return anyflow.transformer(AnyFlowFARTransformer3DModel, **own)
 
 
 def inputs(frames: int, height: int, width: int, **options: Any) -> dict[str, Any]:
@@ -41,7 +27,7 @@ def inputs(frames: int, height: int, width: int, **options: Any) -> dict[str, An
     former make up the frames."""
     chunk = max(1, frames // 3)
     past = frames - chunk
-    given = anyflow_inputs(chunk, height, width, **options)
+    given = anyflow.inputs(chunk, height, width, **options)
     batch, coarse = len(given["hidden_states"]), height // 2 * (width // 2)
     sizes = {"compressed_cache": coarse, "full_cache": past * height * width}
     return given | {
@@ -60,7 +46,7 @@ def inputs(frames: int, height: int, width: int, **options: Any) -> dict[str, An
 def poke(given: dict[str, Any], frame: int, row: int, column: int) -> None:
     past = sum(given["chunk_partition"][1:-1])
     if frame >= past:
-        poke_latents(given, frame - past, row, column)
+        anyflow.poke(given, frame - past, row, column)
         return
     height, width = (size // 2 for size in given["hidden_states"].shape[3:])
     keys = given["kv_cache"][0]["full_cache"][0]
