@@ -268,6 +268,8 @@ def in_sections(latents: str, more: int = 0) -> Length:
     def made(pipe: Any, frames: int, given: Given) -> tuple[Given, int]:
         default = inspect.signature(type(pipe).__call__).parameters[latents].default
         each, step = given.get(latents, default), pipe.vae_scale_factor_temporal
+        if each < 1:
+            raise ValueError(f"{latents} must be at least 1, got {each}")
         section = (each - 1) * step + 1
         count = -(-frames // section)
         if more:

@@ -25,7 +25,7 @@ from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.wan import OVERLAP
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
-from gen_accel.io import contents_sha256
+from gen_accel.io import contents_sha256, parse_json
 from gen_accel.measure.video_io import (
     frames_of,
     opened_film,
@@ -329,9 +329,10 @@ def own_arguments(kind: type, words: Sequence[str]) -> dict[str, object]:
         else:
             right = written_type(hint)
             with suppress(ValueError):
-                value = text if str in members(hint) else json.loads(text)
+                value = text if str in members(hint) else parse_json(text, name)
         is_list = isinstance(value, list) or not isinstance(default, list)
-        if value is None or not (is_list and fits(value, hint)):
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if value is None or not (is_list and is_finite and fits(value, hint)):
             raise ValueError(f"{name} of {kind.__name__} must be {right}, got {shown(text)}")
         found[name] = value
     return found

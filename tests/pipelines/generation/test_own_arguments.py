@@ -57,6 +57,12 @@ def test_arguments_are_read_by_the_signature(kind, words, found):
         (FORCING, "ar_step=x", "ar_step of SkyReelsV2DiffusionForcingPipeline must be int, got"),
         (FORCING, "num_frames=9", "that other options set: overlap_history, addnoise_condition,"),
         (HeliosPipeline, "history_sizes=5", "history_sizes of HeliosPipeline must be list, got"),
+        (
+            AnyFlowFARPipeline,
+            f"chunk_partition={'[' * 9999}",
+            "must be a list of int or none, got",
+        ),
+        (WanPipeline, "guidance_scale_2=NaN", "guidance_scale_2 of WanPipeline must be"),
         (AnyFlowFARPipeline, "chunk_partition=[1.5]", "must be a list of int or none, got"),
         (HunyuanVideoFramepackPipeline, "sampling_type=x", "must be vanilla or inverted_anti_"),
         (WanPipeline, "latents=3", "got 'latents=3'"),
@@ -93,6 +99,8 @@ def test_lengths_that_are_not_made_are_said_and_long_ones_have_what_they_need():
     assert length(forcing(), 121, base_num_frames=121) == ({"base_num_frames": 121}, ())
     in_three = {"num_latent_frames_per_chunk": 3}
     assert length(helios.pipeline(), 129) == ({}, ())
+    with pytest.raises(ValueError, match="num_latent_frames_per_chunk must be at least 1, got 0"):
+        length(helios.pipeline(), 129, num_latent_frames_per_chunk=0)
     assert length(helios.pipeline(), 18, **in_three)[1] == (
         "HeliosPipeline makes 17 frames where 18 are asked",
     )
