@@ -331,7 +331,9 @@ def progress_box(job: QueuedJob, ahead: Outlook, part: str = "progress", **more:
     if job.state == WAITING:
         words = f"waiting, {before} before it"
     elif job.state == RUNNING:
-        words = progress.words or (job.notes[-1] if job.notes else "starting")
+        # A warning is no stage of the work; the result shows it.
+        said = (one for one in reversed(job.notes) if not one.startswith("warning:"))
+        words = progress.words or next(said, "starting")
         if progress.total and progress.unit != PERCENT:
             words += "," * words[-1:].isdigit()
             words += f" {progress.done:g} of {progress.total:g} {progress.unit}".rstrip()

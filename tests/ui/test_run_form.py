@@ -25,6 +25,8 @@ from gen_accel.ui import attention_choice, lora_choice
 from gen_accel.ui.files import Places
 from gen_accel.ui.form import words_of
 from gen_accel.ui.lora_choice import loras_in
+from gen_accel.ui.page import progress_box
+from gen_accel.ui.queue import RUNNING, Outlook, QueuedJob
 from gen_accel.ui.screens import generate
 from gen_accel.ui.screens.generate import ELSEWHERE, RunForm
 from gen_accel.ui.worker import Refused
@@ -112,6 +114,32 @@ def test_what_the_plan_refuses_is_not_queued_and_said_in_the_words_of_the_form(m
     said = form.worded("num_frames must be int or none, got 1.5; such as frames: 8")
     assert said == "Frames must be a whole number, got 1.5"
     assert form.worded("leave --method and --set out") == "leave Method and Options out"
+
+
+def test_a_model_that_waits_for_a_picture_says_so_quietly_beside_its_own_sizes(made, tmp_path):
+    index = {"_class_name": "WanImageToVideoPipeline", "transformer": ["diffusers", "x"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"in_channels": 36, "out_channels": 16}')
+    form, page = made(str(tmp_path))
+    asked = []
+
+    def known(verb, options):
+        asked.append(verb)
+        if verb == "generate":
+            raise Refused("it makes a video from a first frame: give --image FIRST.png")
+        return PLAN
+
+    page.questions.known = known
+    shown = form.told(entered(form, page))
+    assert "ga-hint" in shown[form.line]
+    assert "a first frame: give Image" in shown[form.line]
+    sizes = {"frames": "81", "height": "480", "width": "832", "steps": "50", "seconds": "10.1"}
+    for name, value in sizes.items():
+        assert shown[form.parts[name]]["placeholder"] == value, name
+    given = form.told(entered(form, page, image="first.png"))
+    assert "ga-why" in given[form.line]
+    assert asked == ["generate", "estimate", "generate"]
 
 
 def test_the_first_model_is_chosen_and_the_embedded_one_is_last(tmp_path):
@@ -219,6 +247,13 @@ def test_the_line_below_the_form_tells_what_the_press_costs(tokens, about, said)
     line = generate.plan_line({**PLAN, "tokens": tokens}, **about)
     facts = [re.sub("<.*?>", "", x) for x in line.split("<span>")[2:-1]]
     assert " ".join(facts) == said
+
+
+def test_a_warning_is_no_stage_of_a_job():
+    notes = ("loading the model", "warning: a preset is a rule")
+    job = QueuedJob("20260101-000000-000000", "generate", {}, state=RUNNING, notes=notes)
+    assert "loading the model" in progress_box(job, Outlook())
+    assert "warning" not in progress_box(job, Outlook())
 
 
 def test_a_stream_goes_without_what_the_page_begins_with(made):

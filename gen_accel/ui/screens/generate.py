@@ -1,6 +1,7 @@
 """The screen Generate, and the form of a run that the screens Compare and Longer have too."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import randrange
 
@@ -298,45 +299,58 @@ class RunForm(Form):
 
     def watch(self) -> None:
         """Show the cost of a run whenever something changes, and the model's own sizes."""
-        names = {**PLANNED, "seconds": "seconds"}
-        sized = {names[name]: part for name, part in self.parts.items() if name in names}
-
-        def look(held: Held) -> Held:
-            try:
-                options, files = self.asked(held)
-                found = self.planned(options, files)
-            except (ValueError, OSError) as error:
-                return {self.line: html("why", str(error)), self.small: ""}
-            if "stream" in options:
-                return {self.line: stream_line(found), self.small: ""}
-            shown = found | {"seconds": lasting(found)}
-            own = {
-                part: gr.update(placeholder=str(shown[name]))
-                for name, part in sized.items()
-                if held[part] in (None, "")
-            }
-            quality = held[self.attention.quality]
-            is_dense, sparse = quality == DENSE, None if quality == OWN else ()  # as presets do
-            told = [] if is_dense else [too_small(found["tokens"], found["steps"], sparse)]
-            cache = str(options["cache"]) if options.get("cache") else None
-            told.append(cached_in_few(cache, found["steps"]))
-            said = " ".join(f"{one[0].upper()}{one[1:]}." for one in told if one)
-            said = html("hint", said) if said else ""
-            return {
-                self.line: plan_line(found, is_dense=is_dense, compares=self.compares),
-                self.small: said,
-                **own,
-                **self._menu(found, held),
-            }
-
         told = [part for name, part in self.parts.items() if name not in NOT_PLANNED]
         loras = (self.loras.chosen, *self.loras.weights)
         changed = [one.change for one in (self.model, self.attention.quality, *loras, *told)]
         first = self.prefix == FIRST_SHOWN  # the others ask when they are opened
         opened = self.page.tab.change if first else tab_of().select
-        shown = [self.line, self.small, self.size, self.multiples, *sized.values()]
+        shown = [self.line, self.small, self.size, self.multiples, *self._sized.values()]
         inputs = {self.multiples, *self.inputs}
-        gr.on([*changed, opened], look, inputs, shown, **ASKING)
+        gr.on([*changed, opened], self.told, inputs, shown, **ASKING)
+
+    def told(self, held: Held) -> Held:
+        """Return the line of a plan and the model's own sizes, or why there is no plan."""
+        model = (held[self.model] or "").strip()
+        try:
+            options, files = self.asked(held)
+            found = self.planned(options, files)
+        except (ValueError, OSError) as error:
+            if any(held[self.parts[name]] for name in INPUTS.values()) or not _waits(model):
+                return {self.line: html("why", str(error)), self.small: ""}
+            shown = {self.line: html("hint", str(error)), self.small: ""}
+            with suppress(ValueError, OSError):
+                usual = self.page.questions.known("estimate", {"model": model})
+                shown |= self._own(usual, held)
+            return shown
+        if "stream" in options:
+            return {self.line: stream_line(found), self.small: ""}
+        quality = held[self.attention.quality]
+        is_dense, sparse = quality == DENSE, None if quality == OWN else ()  # as presets do
+        told = [] if is_dense else [too_small(found["tokens"], found["steps"], sparse)]
+        cache = str(options["cache"]) if options.get("cache") else None
+        told.append(cached_in_few(cache, found["steps"]))
+        said = " ".join(f"{one[0].upper()}{one[1:]}." for one in told if one)
+        said = html("hint", said) if said else ""
+        return {
+            self.line: plan_line(found, is_dense=is_dense, compares=self.compares),
+            self.small: said,
+            **self._own(found, held),
+            **self._menu(found, held),
+        }
+
+    @property
+    def _sized(self) -> dict[str, Component]:
+        """Controls that show the model's own value while they are empty, by its name in a plan."""
+        names = {**PLANNED, "seconds": "seconds"}
+        return {names[name]: part for name, part in self.parts.items() if name in names}
+
+    def _own(self, found: Options, held: Held) -> Held:
+        shown = found | {"seconds": lasting(found)}
+        return {
+            part: gr.update(placeholder=str(shown[name]))
+            for name, part in self._sized.items()
+            if held[part] in (None, "")
+        }
 
     def _menu(self, plan: Options, held: Held) -> Held:
         """Return the menu of sizes that a model makes, if it changes by what a plan has found."""
@@ -556,14 +570,24 @@ def _inputs(model: str) -> tuple[str, ...]:
         return tuple(INPUTS.values())
 
     def takes(*kinds: str) -> bool:
-        try:
-            choose_in(folder, kinds)
-        except ValueError:
-            return False
-        return True
+        return _makes_from(folder, *kinds)
 
     found = [name for kind, name in INPUTS.items() if takes(kind) or takes(FIRST, kind)]
     return tuple(found)
+
+
+def _waits(model: str) -> bool:
+    """Whether the model in a folder makes no video from text alone."""
+    folder = expanded(model) if model and model != NAME else Path()
+    return index_in(folder) is not None and not _makes_from(folder)
+
+
+def _makes_from(folder: Path, *kinds: str) -> bool:
+    try:
+        choose_in(folder, kinds)
+    except ValueError:
+        return False
+    return True
 
 
 def tab_of() -> gr.Tab:
