@@ -37,6 +37,7 @@ from gen_accel.paths import (
     model_files,
 )
 from gen_accel.pipelines.zones import Middle, Zones
+from gen_accel.served import DEMO, RUNS
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -56,6 +57,14 @@ PRECISIONS: dict[str, Literal["float32", "bfloat16", "float16"]] = {
     "no": "float32",
     "bf16": "bfloat16",
     "fp16": "float16",
+}
+# What the embedded model trains with where nothing is said: it knows no other pictures, and a CPU
+# may multiply in bfloat16 ten times slower.
+OF_DEMO: dict[str, Any] = {
+    "height": RUNS[DEMO].height,
+    "width": RUNS[DEMO].width,
+    "stages": (f"{RUNS[DEMO].frames}:200",),
+    "mixed_precision": "no",
 }
 MOST_LAYERS = 1000  # more than any model has
 MOST_WORKERS = 256  # threads, each with a clip in memory
@@ -187,14 +196,14 @@ class TrainConfig(Config):
     height: int = option(
         480,
         "Clips",
-        "Height in pixels, after resizing and a crop to the middle.",
+        "Height in pixels, after resizing and a crop to the middle; of demo 96 by default.",
         ge=1,
         le=MOST_PIXELS,
     )
     width: int = option(
         832,
         "Clips",
-        "Width in pixels, after resizing and a crop to the middle.",
+        "Width in pixels, after resizing and a crop to the middle; of demo 96 by default.",
         ge=1,
         le=MOST_PIXELS,
     )
@@ -278,8 +287,8 @@ class TrainConfig(Config):
     stages: tuple[str, ...] = option(
         ("81:200", "161:600"),
         "Length",
-        "Length curriculum, frames:steps[:rule] each, or epochs as 81:3e. Rules: riflex, "
-        "position_interpolation.",
+        "Length curriculum, frames:steps[:rule] each, or epochs as 81:3e; of demo 33:200 by "
+        "default. Rules: riflex, position_interpolation.",
         commas=True,
     )
     trained_frames: int | None = option(
@@ -564,7 +573,9 @@ class TrainConfig(Config):
     )
 
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "bf16", "Machine", "Floating-point type of the computation; no: float32."
+        "bf16",
+        "Machine",
+        "Floating-point type of the computation; no: float32, which is demo's by default.",
     )
     device: str = option(
         "auto",
@@ -711,6 +722,9 @@ class TrainConfig(Config):
         has_sizes = self.sizes or (self.sets and all(one.sizes for one in self.sets))
         if has_sizes and not (self.is_given("height") or self.is_given("width")):
             held["height"], held["width"] = self.clip_sizes[0]
+        if self.model == DEMO:
+            followed = {*given, *(("height", "width") if has_sizes else ())}
+            held.update({name: one for name, one in OF_DEMO.items() if name not in followed})
         if self.student_steps is not None and not self.is_given("validation_steps"):
             held["validation_steps"] = self.student_steps
         for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):

@@ -600,6 +600,7 @@ class _Costs:
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
         seconds = [stage.seconds[rates.device].times(stage.steps) for stage in stages]
         low, high = sum(one.low for one in seconds), sum(one.high for one in seconds)
+        high = max(high, STEP * sum(stage.steps for stage in stages))
         advice = None
         if memory is not None and peak > memory:
             self.tell(f"what would make it fit {rates.device}")

@@ -201,3 +201,17 @@ class TestCommands:
         (tmp_path / "cache").mkdir()
         result = run("train", "--out", tmp_path, code=130)
         assert "stopped after step 3; --resume goes on" in result.stderr
+
+
+def test_the_embedded_model_trains_at_its_own_size_unless_told():
+    def told(**given):
+        config = TrainConfig(**given)
+        return config.height, config.width, config.stages, config.mixed_precision
+
+    assert told() == told(model="demo") == (96, 96, ("33:200",), "no")
+    assert told(model="a/model") == (480, 832, ("81:200", "161:600"), "bf16")
+    # What is said counts, also where it is the default of other models.
+    assert told(height=480, width=832, mixed_precision="bf16") == (480, 832, ("33:200",), "bf16")
+    assert told(sizes=("64x96", "96x64"))[:2] == (64, 96)
+    again = TrainConfig.read(yaml.safe_load(TrainConfig(height=480).as_yaml()))
+    assert (again.height, again.width) == (480, 96)

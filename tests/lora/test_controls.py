@@ -172,7 +172,7 @@ def test_two_steps_a_resume_and_a_generation(config, clips, tmp_path):
 def test_a_dry_run_and_a_plan_of_its_memory(config):
     assert all(np.isfinite(dry_run(config()).losses))
     subject = subject_of(wan.PIPELINES["control"]())
-    trace = StepTracer(subject, TrainConfig(rank=4, dense_layers=1)).trace(
+    trace = StepTracer(subject, TrainConfig(rank=4, dense_layers=1, mixed_precision="bf16")).trace(
         subject.grid(HEIGHT, WIDTH, 9), 0.3
     )
     latent = 4 * 3 * 4 * 6  # bytes of a channel

@@ -568,7 +568,7 @@ def test_a_dry_run(config, name, fields):
 
 def test_a_plan_counts_the_features_of_both_pictures():
     subject = subject_of(inputs.wan_first_and_last())
-    train = TrainConfig(rank=4, dense_layers=1, condition="last_frame")
+    train = TrainConfig(rank=4, dense_layers=1, condition="last_frame", mixed_precision="bf16")
     trace = StepTracer(subject, train).trace(subject.grid(*SIZE, 9), 0.3)
     latent = 4 * 4 * 6  # bytes of a channel of a latent
     assert trace.batch > 16 * (3 * 3 + 1) * latent + 4 * 10 * wan.IMAGE_WIDTH

@@ -10,6 +10,7 @@ from support.paths import ROOT
 
 from gen_accel.lora import TrainConfig, forecast_training
 from gen_accel.lora.step_trace import StepTracer
+from gen_accel.measure.cost.forecast import STEP
 from gen_accel.measure.cost.model import cast, subject_of
 from gen_accel.measure.cost.rates import SHEET
 
@@ -69,7 +70,9 @@ def test_a_training_needs_what_was_planned(benchmark, option, tmp_path):
 
 @pytest.mark.slow
 def test_equal_blocks_need_no_trace_of_their_own():
-    train = TrainConfig(rank=4, gradient_checkpointing="on", dense_layers=1)
+    train = TrainConfig(
+        rank=4, gradient_checkpointing="on", dense_layers=1, mixed_precision="bf16"
+    )
     parts = {}
     for layers in (3, 7):
         subject = subject_of(SMALL | {"num_layers": layers})
@@ -89,7 +92,7 @@ def test_equal_blocks_need_no_trace_of_their_own():
 def test_memory_of_another_length_lies_on_the_line():
     subject = subject_of(SMALL | {"num_layers": 3})
     cast(subject.model, torch.bfloat16)
-    config = TrainConfig(rank=16, gradient_checkpointing="on")
+    config = TrainConfig(rank=16, gradient_checkpointing="on", mixed_precision="bf16")
     tracer = StepTracer(subject, config)
     one, two, three = (tracer.trace(subject.grid(96, 160, n), 0.3) for n in (17, 33, 49))
     for part, exact in zip(one.towards(three, 0.5).parts, two.parts, strict=True):
@@ -223,6 +226,14 @@ def test_lines_are_as_wide_as_the_terminal():
     for words in ("33 frames", "one block at work", "fits in 24 GB", "caching"):
         assert words in text
     json.dumps(plan.to_dict())
+
+
+@pytest.mark.slow
+def test_many_steps_of_a_small_model_take_as_long_as_to_start_their_kernels():
+    plan = forecast_training(TrainConfig(stages=("17:200",)), gpus=["h100"], here=False)
+    [stage], [card] = plan.stages, plan.verdicts
+    assert stage.seconds[card.device].high < STEP
+    assert card.hours.high * 3600 == pytest.approx(200 * STEP)
 
 
 @pytest.mark.parametrize(

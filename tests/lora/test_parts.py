@@ -170,7 +170,9 @@ def test_the_largest_part_counts_and_not_the_sum():
     config = {"_class_name": "WanTransformer3DModel", "patch_size": (1, 2, 2), "text_dim": 8}
     config |= {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 128, "freq_dim": 16}
     subject = subject_of(config | {"num_layers": LAYERS})
-    train = TrainConfig(rank=4, gradient_checkpointing="on", dense_layers=1)
+    train = TrainConfig(
+        rank=4, gradient_checkpointing="on", dense_layers=1, mixed_precision="bf16"
+    )
     peaks = {}
     for parts in (False, True):
         tracer = StepTracer(subject, train.replaced(checkpoint_parts=parts))

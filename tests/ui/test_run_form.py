@@ -120,7 +120,8 @@ def test_a_model_that_waits_for_a_picture_says_so_quietly_beside_its_own_sizes(m
     index = {"_class_name": "WanImageToVideoPipeline", "transformer": ["diffusers", "x"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "config.json").write_text('{"in_channels": 36, "out_channels": 16}')
+    channels = {"in_channels": 36, "out_channels": 16}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(channels))
     form, page = made(str(tmp_path))
     asked = []
 

@@ -9,9 +9,9 @@ import gradio as gr
 from gradio.blocks import Block
 
 from gen_accel.config import read_mapping, written
-from gen_accel.demo import NAME, TRAINED_FRAMES
+from gen_accel.demo import NAME
 from gen_accel.io import read_text
-from gen_accel.lora.config import TrainConfig, print_config
+from gen_accel.lora.config import OF_DEMO, TrainConfig, print_config
 from gen_accel.registry import PRESET, RULES
 from gen_accel.served import PUBLISHED
 from gen_accel.ui.attention_choice import DENSE, OWN, AttentionChoice
@@ -106,8 +106,8 @@ LABELS = {
     "sample_with": "Techniques of samples",
     "guidance_scale": "Guidance of samples",
 }
-# Of the embedded model's clips, which knows no others.
-DEMO: Values = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
+# Of the embedded model.
+DEMO: Values = {name: written(one) for name, one in OF_DEMO.items()}
 STAGES = "33:200 is 200 steps of 33 frames, 33:3e is 3 epochs; then longer ones: 81:200,161:600."
 # Each choice of the attention but own settings, as fields of a training.
 ATTENTION: dict[str, Values] = {
