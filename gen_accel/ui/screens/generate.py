@@ -317,7 +317,7 @@ class RunForm(Form):
         except (ValueError, OSError) as error:
             if any(held[self.parts[name]] for name in INPUTS.values()) or not _waits(model):
                 return {self.line: html("why", str(error)), self.small: ""}
-            shown = {self.line: html("hint", str(error)), self.small: ""}
+            shown: Held = {self.line: html("hint", str(error)), self.small: ""}
             with suppress(ValueError, OSError):
                 usual = self.page.questions.known("estimate", {"model": model})
                 shown |= self._own(usual, held)
@@ -345,7 +345,7 @@ class RunForm(Form):
         return {names[name]: part for name, part in self.parts.items() if name in names}
 
     def _own(self, found: Options, held: Held) -> Held:
-        shown = found | {"seconds": lasting(found)}
+        shown = {**found, "seconds": lasting(found)}
         return {
             part: gr.update(placeholder=str(shown[name]))
             for name, part in self._sized.items()
