@@ -416,13 +416,16 @@ def read_mapping(path: str | Path, *, verb: str) -> dict[Any, object]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no YAML mapping of plain values, or one of too many.
+        ValueError: the file is no YAML mapping of plain values, or one of too many, or a folder.
     """
     try:
         text = read_text(path)
     except FileNotFoundError:
         command = f"gen-accel {verb} --print-config > {Path(path).name}"
         raise FileNotFoundError(f"no config at {path}; `{command}` writes one") from None
+    except IsADirectoryError:
+        data = f"; a folder of clips is --data {path}" if verb in ("train", "cache") else ""
+        raise ValueError(f"{path} is a folder, and a config is a YAML file{data}") from None
     return mapping_in(text, path)
 
 

@@ -31,7 +31,7 @@ class OneLineErrors(TyperGroup):
         except _USAGE_ERROR as error:
             if not ctx.meta["args"]:  # the help, which is what no arguments ask for
                 raise
-            message = error.format_message()
+            message = _usage(error)
         raise _ended(message, BAD_INPUT)
 
     def invoke(self, ctx: "Context") -> object:
@@ -48,7 +48,7 @@ class OneLineErrors(TyperGroup):
         except BrokenPipeError:  # nobody reads on, as in `| head`; the parser ends the program
             raise
         except _USAGE_ERROR as error:
-            message = error.format_message()
+            message = _usage(error)
         except typer.Abort:
             raise
         except Exception as error:
@@ -129,6 +129,18 @@ def _line(message: str) -> str:
         return line
     end = MOST_SAID // 3  # where the advice stands
     return f"{line[: MOST_SAID - end]} ... {line[-end:]}"
+
+
+def _usage(error: Any) -> str:
+    """Say what the parser refuses, and for what it says no more of, where the help is."""
+    message = error.format_message()
+    context = error.ctx
+    if context is None or not message.startswith(("Got unexpected extra", "No such command")):
+        return message
+    if "?" in message:  # it names the nearest
+        return message
+    rule = "" if message.startswith("No") else "; values follow their options, as --prompt TEXT"
+    return f"{message.removesuffix('.')}{rule}; see {context.command_path} --help"
 
 
 # ClickException of the Click that typer uses.

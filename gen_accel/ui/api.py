@@ -152,7 +152,11 @@ def add_videos(app: FastAPI, queue: Queue, questions: Questions, models: Sequenc
 
     @app.exception_handler(AnyHTTPException)
     async def no_such(request: Request, error: AnyHTTPException) -> Response:
-        answer = await refused(request, BadRequest(error.detail, status=error.status_code))
+        sentence = error.detail
+        if error.status_code == 404 and sentence == "Not Found":  # no route
+            there = "videos are at /v1/videos, models at /v1/models"
+            sentence = f"this server has no {shown(request.url.path)}: {there}"
+        answer = await refused(request, BadRequest(sentence, status=error.status_code))
         answer.headers.update(error.headers or {})
         return answer
 

@@ -730,6 +730,9 @@ def test_errors_of_the_framework_have_the_same_shape(client, method, path, statu
     assert len(error["message"]) < 600
     assert answer.headers["content-type"] == "application/json"
     assert ("allow" in answer.headers) == (status == 405)
+    if path == "/v1/none":
+        there = "videos are at /v1/videos, models at /v1/models"
+        assert error["message"] == f"this server has no '/v1/none': {there}"
 
 
 def test_no_answer_names_a_folder_of_the_server(client, server, monkeypatch):
