@@ -139,16 +139,21 @@ def write_streamed(
 
         def frames() -> Iterator[np.ndarray]:
             done, began, start = 0, 0.0, 0
+            opened = time.perf_counter()
             for pixels in streamer.frames(earlier, place.keep):
                 yield from pixels
                 done += len(pixels)
                 if not began and done > lengths.first(len(earlier)):
                     began, start = time.perf_counter(), done
                 words = f"{target.name}, cache {streamer.cached / 1e6:,.1f} MB"
+                left = None
                 if began and done > start:
                     speed = (done - start) / (time.perf_counter() - began)
                     words += f", {speed:.1f} a second"
-                bar.update(task, completed=done, description=words)
+                    left = (lengths.frames - done) / speed
+                elif not earlier:  # all of the first chunk is made before its first frame is here
+                    left = (lengths.chunks - 1) * (time.perf_counter() - opened)
+                bar.update(task, completed=done, description=words, left=left)
 
         place.write(frames(), fps=fps, every=lengths.latents * lengths.factor)
         return place.finish(target, about())
