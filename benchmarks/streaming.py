@@ -39,7 +39,12 @@ from gen_accel.measure.machine import environment
 from gen_accel.paths import model_named
 from gen_accel.pipelines.generation.config import Clip
 from gen_accel.pipelines.generation.loading import Loading, load
-from gen_accel.pipelines.generation.stream import Streamer, StreamSettings, stream_clip
+from gen_accel.pipelines.generation.stream import (
+    Prompts,
+    Streamer,
+    StreamSettings,
+    stream_clip,
+)
 from gen_accel.pipelines.zones import Zones
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -51,7 +56,8 @@ LORA = Path(model_named("demo")).with_name("stream_lora")
 SCENES = (*world.scored_scenes(world.HELD_OUT), *world.UNSEEN)
 SEED, SIZE, STEPS, GUIDANCE, FRAMES = 6000, 96, 6, 3.0, 257
 MEMORY = 257, 2049  # frames, of which memory is compared, in one step a chunk
-SETTINGS = {
+Seen = dict[str, Any]  # fields of Zones
+SETTINGS: dict[str, Seen] = {
     "window 1": {"window": 1, "middle": "none"},
     "window 2": {"window": 2, "middle": "none"},
     "window 1, salient": {"window": 1, "middle": "salient"},
@@ -98,7 +104,8 @@ def clips(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         if not (row_file.exists() and clip_file(place, i).exists()):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                video, row = streamed(pipe, scene.caption, SEED + i, name, args)
+                seen = SETTINGS[name]
+                video, row = streamed(pipe, scene.caption, SEED + i, seen, args.lora, args.frames)
             keep_clip(place, i, video)
             write_json(row_file, row)
         row, video = json.loads(row_file.read_text("utf-8")), kept_clip(place, i)
@@ -114,15 +121,19 @@ def clips(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def streamed(
-    pipe: Any, prompt: str, seed: int, name: str, args: argparse.Namespace
+    pipe: Any, prompts: Prompts, seed: int, seen: Seen, lora: Path, frames: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Make a clip; also returns the CPU seconds of each chunk and the bytes of the cache."""
-    recipe = read_recipe(args.lora)
-    own = StreamSettings.of(recipe)
+    """Make a clip; also returns the CPU seconds of each chunk and the bytes of the cache.
+
+    Args:
+        seen: fields of the zones that are not the LoRA's own.
+        lora: its folder.
+    """
+    own = StreamSettings.of(read_recipe(lora))
     assert own is not None, "a LoRA that streams"
-    zones = Zones(**{**own.zones.to_dict(), **SETTINGS[name]})
+    zones = Zones(**{**own.zones.to_dict(), **seen})
     clip = Clip(
-        frames=args.frames,
+        frames=frames,
         height=SIZE,
         width=SIZE,
         steps=STEPS,
@@ -132,12 +143,12 @@ def streamed(
     )
     settings = StreamSettings(zones, own.noise, own.shift)
     with gen_accel.attach(pipe, gen_accel.Dense()):
-        streamer = Streamer(pipe, stream_clip(pipe, clip), settings, prompt)
-        times, frames, cached = [time.process_time()], [], 0
+        streamer = Streamer(pipe, stream_clip(pipe, clip), settings, prompts)
+        times, made, cached = [time.process_time()], [], 0
         for pixels in streamer.frames(kept=lambda *_: times.append(time.process_time())):
-            frames.append(pixels)
+            made.append(pixels)
             cached = streamer.cached
-    video = np.concatenate(frames)
+    video = np.concatenate(made)
     seconds = [round(b - a, 4) for a, b in itertools.pairwise(times)]
     per_chunk = streamer.lengths.latents * streamer.lengths.factor
     return video, {

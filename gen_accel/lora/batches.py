@@ -17,11 +17,14 @@ from gen_accel.attention_processors.families.latents import (
     LAST_FRAME,
     LAST_IS_GIVEN,
 )
+from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import CAUSAL, Stage, TrainConfig
+from gen_accel.lora.data.clips import refuse_parts
 from gen_accel.lora.model import ModelToTrain
 from gen_accel.lora.processes import ProcessGroups
+from gen_accel.pipelines.generation.stream import Lengths
 from gen_accel.pipelines.sampler import equal_steps, shifted
 from gen_accel.registry import needed_for
 
@@ -67,7 +70,8 @@ class Batch(NamedTuple):
     Args:
         clean, noise: (B, C, f, h, w).
         sigma: noise levels, (B,).
-        conditions: arguments of the transformer, batch first.
+        conditions: arguments of the transformer, batch first; under objective causal (B, chunks)
+            first, as a caption may change from chunk to chunk.
         teacher_conditions: conditions of the teacher; None for `conditions`.
         uncond_conditions: conditions of the empty caption, if the teacher is guided.
         mask: how much each latent counts, (B, 1, f, h, w); None for 1 everywhere.
@@ -277,9 +281,12 @@ def plan_clips(
     With `sound`, the clips of a step all have sound, or none has.
 
     Raises ValueError if no clip is long enough for a stage, all of them are held out, pictures are
-    asked for and there are none, or clips without sound go with the model or with several
+    asked for and there are none, a caption changes with time under another objective than causal,
+    or clips without sound go with the model or with several
     processes not.
     """
+    if config.objective != CAUSAL:
+        refuse_parts(cache.entries)
     held = held_out(config, cache)
     silent = sum(entry.sound_key is None for entry in cache.entries) if config.sound else 0
     if silent:
@@ -388,6 +395,9 @@ class Batches:
         family = family_of(model.transformer)
         self._fps = config.fps or family.sizes_of(model.transformer.config).fps
         self._tells_fps = family.training.takes_fps
+        self._chunk = 0  # latent frames before patchify; 0: the model makes no chunks
+        if config.objective == CAUSAL:
+            self._chunk = config.zones.frames * temporal_patch(model.transformer)
 
     def frames_of(self, stage: Stage, clips: list[int]) -> int:
         """Return the pixel frames of a step, which is one for pictures."""
@@ -433,7 +443,7 @@ class Batches:
         """Build the batch of some clips with draws that are given."""
         config, cache, frames = self.config, self.cache, latents[0].shape[1]
         pairs = zip(clips, draws, strict=True)
-        conditions = self._together([captioned(cache, clip, drawn) for clip, drawn in pairs])
+        conditions = self._together([self._said(clip, frames, drawn) for clip, drawn in pairs])
         given: dict[str, Tensor] = {}
         if self.model.condition != TEXT:
             pairs = zip(clips, draws, strict=True)
@@ -451,7 +461,7 @@ class Batches:
         if config.objective not in ("flow", CAUSAL):
             taught = self.adapter.teacher_conditions(cache, clips, draws)
         if config.teacher_guidance > 1:
-            uncond = self._together([cache.empty] * len(clips)) | given
+            uncond = self._together([self._each_chunk(cache.empty, frames)] * len(clips)) | given
         if config.masks:
             white = torch.stack([cache.mask(clip, frames) for clip in clips])
             mask = self._put(config.mask_floor + (1 - config.mask_floor) * white)
@@ -468,6 +478,24 @@ class Batches:
             sound_noise=sound_noise,
             chunks=None if None in seeds else self._put(torch.tensor(seeds)),
         )
+
+    def _said(self, clip: int, frames: int, drawn: Draw) -> dict[str, Tensor]:
+        """Read the conditions of a clip's caption, or of the empty one; see `Batch.conditions`."""
+        entry = self.cache.entries[clip]
+        if not self._chunk or entry.starts is None or not drawn.captioned:
+            return self._each_chunk(captioned(self.cache, clip, drawn), frames)
+        factor = (entry.pixel_frames - 1) // (entry.frames - 1)
+        lengths = Lengths(entry.pixel_frames, self._chunk, factor)
+        parts = {start: number for number, start in enumerate(entry.starts)}
+        said = [lengths.prompt(parts, chunk) for chunk in range(frames // self._chunk)]
+        each = [self.cache.conditions(clip, number) for number in said]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+    def _each_chunk(self, told: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+        """Repeat conditions for each chunk, if there are any."""
+        if not self._chunk:
+            return told
+        return {name: x.expand(frames // self._chunk, *x.shape) for name, x in told.items()}
 
     def _given(self, clip: int, frames: int, drawn: Draw) -> dict[str, Tensor]:
         """Read what a clip is given beside its text, its frames as noisy as the model has them."""
@@ -499,13 +527,15 @@ class Batches:
 
     def _text(self, clip: int, step: int, place: int) -> int:
         """Draw which of a clip's texts is shown, by the seed, the step and the place alone."""
-        keys = self.cache.entries[clip].text_keys
+        entry = self.cache.entries[clip]
+        keys = entry.text_keys if entry.starts is None else None
         return 0 if keys is None else seed_of(self.config.seed, step, TEXTS + place) % len(keys)
 
     def _together(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         found = {name: self._put(torch.stack([one[name] for one in each])) for name in each[0]}
         if self._tells_fps:
-            found["fps"] = self._put(torch.full((len(each),), float(self._fps)))
+            shape = next(iter(found.values())).shape[: 2 if self._chunk else 1]
+            found["fps"] = self._put(torch.full(shape, float(self._fps)))
         return found
 
     def _put(self, x: Tensor) -> Tensor:

@@ -899,6 +899,7 @@ class TrainConfig(Config):
             controls=self.condition == "control",
             teacher=self.reads_teacher_captions,
             repeats=self.repeats,
+            changing=self.objective == CAUSAL,
         )
 
     @property
@@ -1218,7 +1219,6 @@ def _chunk_faults(config: TrainConfig) -> Iterator[str]:
     unfit = {
         "condition": config.condition not in (None, "text"),
         "sound": config.sound,
-        "masks": config.masks,
         "images": config.images > 0,
         "student_steps": config.student_steps is not None,
         "context_parallel": config.context_parallel > 1,

@@ -399,18 +399,14 @@ class Objective(nn.Module):
 
         # Both stay until the next step, as checkpointed blocks run once more in the backward pass.
         fps = batch.conditions.get("fps")
-        self.chunked.fps = None if fps is None else fps.cpu()
+        self.chunked.fps = None if fps is None else fps[:, 0].cpu()
         clip = self.chunked.now = Clip(len(clean), clean.shape[1], drawn.zones)
         mix, own = self.noising.mix, (noise, drawn.levels)
         rows = clip.rows(by_chunk(mix, context, drawn.context), by_chunk(mix, *own))
         levels = clip.rows(drawn.context, drawn.levels)
 
         def told(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-            each = {
-                name: x[:, None].expand(-1, clip.chunks, *x.shape[1:])
-                for name, x in conditions.items()
-            }
-            return {name: clip.rows(x, x) for name, x in each.items()}
+            return {name: clip.rows(x, x) for name, x in conditions.items()}
 
         pred = clip.noisy(self._student(rows, levels, told(batch.conditions)))
         if batch.uncond_conditions is None:
@@ -419,7 +415,11 @@ class Objective(nn.Module):
             uncond = told(batch.uncond_conditions)
             target = clip.noisy(self._teacher(rows, levels, told(taught), uncond))
         weights = self._error.weights(drawn.levels.flatten(), self.noising)
-        return self._error(pred.flatten(0, 1).float(), target.flatten(0, 1).float(), weights)
+        pred, target = pred.flatten(0, 1).float(), target.flatten(0, 1).float()
+        counts = None if batch.mask is None else chunks.split(batch.mask).flatten(0, 1)
+        return self._error(
+            pred, target, weights, None if counts is None else counts.expand_as(pred)
+        )
 
     def _counts(self, like: Tensor, batch: Batch) -> Tensor | None:
         """Return how much each value counts: as the mask says, and 0 for latents that a first

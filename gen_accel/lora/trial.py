@@ -211,7 +211,7 @@ class RandomClips:
         self.transformer, self.size, self.condition = transformer, size, condition
         self.family = family_of(transformer)
         self.no_image = torch.zeros(features)
-        plain: dict[str, Any] = {"text_keys": None, "repeats": None, "is_picture": None}
+        plain: dict[str, Any] = dict.fromkeys(("text_keys", "starts", "repeats", "is_picture"))
         plain |= {"sound_key": sound, "height": size[0], "width": size[1]}
         self._fps = sound
         self.entries = [

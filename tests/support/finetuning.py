@@ -50,7 +50,7 @@ class Clips:
     def __init__(self, sizes: tuple[tuple[int, int], ...] = (LATENTS,) * 5, frames: int = FRAMES):
         self.sizes, self.frames = sizes, frames
         self.digest = f"{sizes} {frames}"
-        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        plain = dict.fromkeys(("text_keys", "starts", "repeats", "is_picture"))
         plain["pixel_frames"] = 4 * frames - 3
         self.entries = [
             SimpleNamespace(

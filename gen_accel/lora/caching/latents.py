@@ -54,6 +54,8 @@ class Entry:
             without.
         begin: first frame in the video; None for 0.
         text_keys: of all texts of a clip with more than one.
+        starts: frame from which each of them holds, of a caption that changes with time; None:
+            each is of the whole clip.
         repeats: how often it is shown while a clip of 1 is shown once; None for 1.
         is_picture: whether it is a picture; None for a video.
     """
@@ -71,6 +73,7 @@ class Entry:
     frame_key: str | None = None
     begin: int | None = None
     text_keys: tuple[str, ...] | None = None
+    starts: tuple[int, ...] | None = None
     repeats: int | None = None
     is_picture: bool | None = None
     mask_key: str | None = None
@@ -153,8 +156,8 @@ class LatentCache(Database):
             for [fields] in rows:
                 found.update(entry_line(fields))
                 about = json.loads(fields)
-                if "text_keys" in about:
-                    about["text_keys"] = tuple(about["text_keys"])
+                for name in {"text_keys", "starts"} & {*about}:
+                    about[name] = tuple(about[name])
                 entries.append(Entry(**about))
             if found.hexdigest() == digest:
                 return entries

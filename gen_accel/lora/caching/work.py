@@ -41,7 +41,7 @@ from gen_accel.lora.caching.latents import (
     Entry,
 )
 from gen_accel.lora.caching.store import Store, file_key
-from gen_accel.lora.data.clips import CaptionedVideo, Size, nearest_size, open_image
+from gen_accel.lora.data.clips import CaptionedVideo, ClipRule, Size, nearest_size, open_image
 from gen_accel.lora.data.report import UNUSED_PICTURE, lost_picture, too_short, why_broken
 from gen_accel.lora.data.survey import ahead, refuse_unfilled, scenes_in
 from gen_accel.parsing import shown
@@ -263,8 +263,6 @@ class Encoding:
         if rate is None and total and lasts:
             rate = total / lasts
         lengths = (1,) if video.is_picture else rule.frames
-        texts = rule.captions.of(video)
-        text_keys = [self.text_key(text) for text in texts]
         for begin, longest in rule.take.of(scenes, lengths):
             fitting = [length for length in lengths if length <= longest]
             for length in fitting[-1:] if self.causal else fitting:
@@ -279,7 +277,6 @@ class Encoding:
                     frame_key = self.given_frames.key(
                         *([] if control is None else [control]), *place
                     )
-                    text_keys = [self.text_key(text, *place) for text in texts]
                 if (mask := found.beside.get("mask")) is not None:
                     coding, space = factors_of(self.encoders.pipe, self.encoders.family)
                     factors = coding.frames, space
@@ -289,12 +286,14 @@ class Encoding:
                     source = hash_of([self._vae, *place[:2], *place[3:]])
                 else:
                     self.unread.append(latent_key)
+                texts, starts = _said_in(video, rule, begin, length)
                 entry = self._entry(
                     video,
                     size,
                     length,
                     texts,
-                    text_keys,
+                    [self.text_key(text, *place) for text in texts],
+                    starts=starts,
                     latent_key=latent_key if options.needs_clips else None,
                     image_key=image_key,
                     teacher_key=self.text_key(video.teacher_caption) if options.teacher else None,
@@ -310,10 +309,11 @@ class Encoding:
     def _prompts(self, video: CaptionedVideo) -> Iterator[ClipChunk]:
         """Make the chunks of a prompt: of its size, each length that the model is shown."""
         rule = self.options.rule_of(video)
-        [size], texts = rule.sizes, rule.captions.of(video)
-        keys = [self.text_key(text) for text in texts]
+        [size] = rule.sizes
         for length in rule.frames[-1:] if self.causal else rule.frames:
-            entry = self._entry(video, size, length, texts, keys)
+            texts, starts = _said_in(video, rule, 0, length)
+            keys = [self.text_key(text) for text in texts]
+            entry = self._entry(video, size, length, texts, keys, starts=starts)
             yield ClipChunk(video, size, entry, texts, "", None, None, 0.0)
 
     def _entry(
@@ -694,3 +694,20 @@ def _packed(
             made = safetensors.torch.save({name: run.stored(x) for name, x in made.items()})
         packed[one.key] = made
     return packed
+
+
+def _said_in(
+    video: CaptionedVideo, rule: ClipRule, begin: int, length: int
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return the texts of some frames of a clip; of a caption that changes there, also the frames
+    from which they hold, counted from the first of these."""
+    texts = rule.captions.of(video)
+    if video.starts is None:
+        return texts, None
+    ends = (*video.starts[1:], begin + length)
+    held = {
+        max(0, start - begin): text
+        for start, end, text in zip(video.starts, ends, texts, strict=True)
+        if end > begin and start < begin + length
+    }
+    return (*held.values(),), (*held,) if len(held) > 1 else None

@@ -7,13 +7,13 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -46,6 +46,8 @@ class CaptionedVideo:
         teacher_caption: caption of the teacher that an image prompt is trained to match; may be
             empty.
         more_captions: further captions; one of all is shown at a time.
+        starts: frame from which `caption` and each of `more_captions` holds, which are then parts
+            of one caption; None: each describes the whole clip.
         repeats: how often it is shown while a clip of 1 is shown once.
         is_picture: whether `source` is a picture, which is a clip of one frame.
         mask: film or picture in gray, white pixels count in the loss; None: all pixels count.
@@ -59,6 +61,7 @@ class CaptionedVideo:
     image: Path | Callable[[], bytes] | None = None
     teacher_caption: str = ""
     more_captions: tuple[str, ...] = ()
+    starts: tuple[int, ...] | None = None
     repeats: int = 1
     is_picture: bool = False
     mask: Path | Callable[[], bytes] | None = None
@@ -313,6 +316,26 @@ def _stacked(held: dict[int, np.ndarray], chunk: tuple[int, int], size: Size) ->
     return np.stack(found) if found else np.zeros((0, *size, 3), np.uint8)
 
 
+class Captioned(Protocol):
+    """A clip with a caption; see `CaptionedVideo`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def starts(self) -> tuple[int, ...] | None: ...
+
+
+def refuse_parts(clips: Iterable[Captioned]) -> None:
+    """Raise ValueError for a clip whose caption changes with time."""
+    for clip in clips:
+        if clip.starts is not None:
+            raise ValueError(
+                f"the caption of {clip.name} changes at frame {clip.starts[1]}, which objective "
+                "causal alone trains: take that objective, or write one caption for the clip"
+            )
+
+
 @dataclass(frozen=True)
 class Captions:
     """Changes of the captions of a clip.
@@ -337,12 +360,15 @@ class Captions:
             raise ValueError(f"orders must be at least 1, got {self.orders}")
 
     def of(self, video: CaptionedVideo) -> tuple[str, ...]:
-        """Make the texts to encode. One of them is drawn at each step, all alike.
+        """Make the texts to encode. One of them is drawn at each step, all alike; parts of one
+        caption stay as many, with their tags as written.
 
         Texts repeat where a caption has fewer orders than asked for, so that each caption keeps
         its share. A single text stays alone.
         """
         written = [video.caption, *video.more_captions]
+        if video.starts is not None:
+            return tuple(map(self._headed, written))
         each = [[self._headed(text) for text in self._orders(caption)] for caption in written]
         texts = tuple(chain.from_iterable(each))
         return texts if len(set(texts)) > 1 else texts[:1]

@@ -15,12 +15,13 @@ from gen_accel.lora.data.clips import (
     UNLESS,
     CaptionedVideo,
     ClipRule,
+    refuse_parts,
     repeated,
 )
 from gen_accel.lora.data.sets import Dataset
 from gen_accel.parsing import shown
 from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
-from gen_accel.pipelines.generation.config import read_prompts
+from gen_accel.pipelines.generation.config import TIMED, prompts_of, read_prompts
 from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -57,13 +58,15 @@ def find_videos(
     controls: bool = False,
     teacher: bool = False,
     repeats: Sequence[str] = (),
+    changing: bool = True,
     rule: ClipRule | None = None,
     needed: str | None = UNLESS,
 ) -> list[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name, or of several sets in their order.
 
     A clip may have several captions: a list in the column of a manifest that is JSON, or
-    `clip.1.txt`, `clip.2.txt` and so on beside `clip.mp4`. A further one describes its image: the
+    `clip.1.txt`, `clip.2.txt` and so on beside `clip.mp4`. One of several lines that all begin
+    with a frame, as "48: a cat sleeps", changes with time. A further one describes its image: the
     column teacher_caption of a manifest, or `clip.teacher.txt`. The column repeats of a manifest
     is `CaptionedVideo.repeats`. `data` is one of
 
@@ -91,6 +94,7 @@ def find_videos(
             control, or `clip.control.mp4`, or another film of that name, beside `clip.mp4`.
         teacher: whether each clip needs a caption for the teacher.
         repeats: see `repeated`.
+        changing: whether captions may change with time.
         rule: what data sets take that do not say otherwise; needed for data sets alone. With one,
             a prompt is there once for each of its sizes.
         needed: why clips are needed, see `why_clips`; None takes prompts without a clip.
@@ -123,6 +127,8 @@ def find_videos(
         except (OSError, ValueError) as error:
             faults.append(error)
     try:
+        if not changing:
+            refuse_parts(videos)
         refuse_prompts(videos, needed)
         videos = repeated(videos, repeats) if videos else videos
     except ValueError as error:
@@ -225,6 +231,11 @@ def _listed(
     if default_caption is not None:
         found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
     videos = sorted(found, key=lambda video: video.name)
+    for place, video in enumerate(videos):
+        try:
+            videos[place] = _in_parts(video)
+        except ValueError as error:
+            faults.append(error)
     if not videos and len(faults) == before:
         others = [*not_taken(data)]
         holds = f", and it holds {named(others, SHOWN)}" if others else ""
@@ -317,6 +328,25 @@ def _of_folder(folder: Path, pictures: Pictures, faults: Faults) -> Iterator[Cap
             more_captions=tuple(more),
             is_picture=is_picture,
         )
+
+
+def _in_parts(video: CaptionedVideo) -> CaptionedVideo:
+    """Cut a caption that changes with time into its parts."""
+    lines = [line.strip() for line in video.caption.split("\n") if line.strip()]
+    if len(lines) < 2 or not all(map(TIMED.fullmatch, lines)):
+        return video
+    if video.more_captions:
+        raise ValueError(
+            f"the caption of {video.name} changes with time, and it has "
+            f"{len(video.more_captions)} more: write one of them"
+        )
+    parts = prompts_of(lines)
+    if 0 not in parts:
+        raise ValueError(
+            f"the caption of {video.name} must begin at frame 0, got {shown(lines[0])}"
+        )
+    first, *more = parts.values()
+    return replace(video, caption=first, more_captions=tuple(more), starts=tuple(parts))
 
 
 def _with_beside(video: CaptionedVideo, what: Beside) -> CaptionedVideo:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Prompts = str | Mapping[int, str]  # a text, or texts by the frame from which each holds
+T = TypeVar("T")
 Kept = Callable[[int, Tensor], None]  # takes a chunk's number and its latents
 NOISE = 0.1  # of a chunk in the cache, where nothing is said
 COND, UNCOND = "cond", "uncond"  # caches
@@ -140,7 +141,7 @@ class Lengths:
         """Number of a chunk's first frame."""
         return max(0, 1 + (chunk * self.latents - 1) * self.factor)
 
-    def prompt(self, prompts: Mapping[int, str], chunk: int) -> str:
+    def prompt(self, prompts: Mapping[int, T], chunk: int) -> T:
         """Return the prompt of a chunk: the last that holds from one of its frames, or before."""
         end = self.first(chunk + 1)
         return prompts[max(frame for frame in prompts if frame < end)]
