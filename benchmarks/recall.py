@@ -110,16 +110,22 @@ def losses(pipe: Any, args: argparse.Namespace) -> Iterator[tuple[str, list[Row]
             said[text] = family.encode_prompt(pipe, [text], 16)
         return said[text]
 
+    films = [
+        [
+            chunks_of(pipe, each, SEED + i)
+            for each in (recall, Recall((other_than(recall.scene),), lead=1))
+        ]
+        for i, recall in enumerate(track(recalls(LOSSES), "clips for the losses"))
+    ]
     for name in args.settings:
         attention = ChunkedAttention(transformer, Zones(**{**own.zones.to_dict(), **SEEN[name]}))
         rows = []
         for i, recall in enumerate(track(recalls(LOSSES), f"losses, {name}")):
             row: Row = {"prompt": recall.scene.caption, "seed": SEED + i}
-            films = [chunks_of(pipe, recall, SEED + i)]
-            films.append(chunks_of(pipe, Recall((other_than(recall.scene),), lead=1), SEED + i))
-            noise = torch.randn(films[0][0].shape, generator=torch.Generator().manual_seed(i))
+            clean = films[i][0][recall.returns]
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(i))
             texts = recall.captions()
-            for which, film in zip(("own", "other"), films, strict=True):
+            for which, film in zip(("own", "other"), films[i], strict=True):
                 attention.forget()
                 for chunk in range(recall.returns):
                     text = texts[max(x for x in texts if x <= first_frame(chunk))]
@@ -127,7 +133,7 @@ def losses(pipe: Any, args: argparse.Namespace) -> Iterator[tuple[str, list[Row]
                         text = text.replace(recall.scene.caption, other_than(recall.scene).caption)
                     with attention.chunk("cond", keeps=True):
                         family.predict(transformer, film[chunk], torch.zeros(1), conditions(text))
-                clean, last = films[0][recall.returns], conditions([*texts.values()][-1])
+                last = conditions([*texts.values()][-1])
                 for level in LEVELS:
                     mixed = (1 - level) * clean + level * noise
                     with attention.chunk("cond"):
