@@ -178,6 +178,11 @@ class Encoding:
                 scenes = [(0, 1)]
                 if not video.is_picture:
                     scenes = scenes_in(found.about, self.options.rule_of(video).take)
+                last = max(end for _, end in scenes) - 1
+                if video.starts is not None and video.starts[-1] > last:
+                    late = f"its caption changes at frame {video.starts[-1]}, its last is {last}"
+                    self.leave_out(video.name, OSError(late))
+                    continue
                 longest = max(longest, *(end - begin for begin, end in scenes))
                 self._leave_out_scenes(video, scenes)
                 chunks += self._chunks_of(video, found, scenes)

@@ -280,5 +280,5 @@ def too_short(frames: int, fps: float | None, shortest: int, scenes: int = 1) ->
 def why_broken(reason: str) -> str:
     """Cut a reader's message, which names the file, to the reason."""
     reason = reason.rpartition(" cannot be read: ")[2]
-    whole = reason.startswith(("it has no video stream", "it is HDR", "its pixels are"))
+    whole = reason.startswith(("it has no video stream", "it is HDR", "its pixels", "its caption"))
     return reason.removeprefix("it has ") if whole else f"broken: {reason}"
