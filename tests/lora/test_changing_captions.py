@@ -138,14 +138,16 @@ def test_each_chunk_has_the_text_that_holds_in_it(pipe, latents):
     torch.testing.assert_close(empty, said("").expand(1, 5, -1, -1), atol=1e-6, rtol=1e-6)
 
 
-def test_a_caption_that_changes_after_the_end_leaves_its_clip_out(pipe, tmp_path):
+@pytest.mark.parametrize(("fps", "last"), [(None, 16), (8.0, 8)])
+def test_a_caption_that_changes_after_the_end_leaves_its_clip_out(pipe, tmp_path, fps, last):
     data = tmp_path / "data"
     for name, caption in (("a", "0: a circle\n17: a square"), ("b", "a square")):
         write_video(footage(17, 32, 32), data / f"{name}.mp4", fps=16)
         (data / f"{name}.txt").write_text(caption)
     given = {"frames": [5], "sizes": [(32, 32)], "max_tokens": 8, "device": "cpu"}
+    given["fps"] = fps
     report = cache(pipe, data, tmp_path / "cache", **given)
-    told = "its caption changes at frame 17, its last is 16"
+    told = f"its caption changes at frame 17, its last is {last}"
     assert report.left_out == {"a.mp4": told}
     with pytest.raises(OSError, match=f"a.mp4 is broken: {told}"):
         cache(pipe, data, tmp_path / "other", **given, on_broken="stop")

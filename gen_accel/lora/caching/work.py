@@ -5,6 +5,7 @@ This process makes the tensors, or workers of Ray make them and this process wri
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -178,9 +179,7 @@ class Encoding:
                 scenes = [(0, 1)]
                 if not video.is_picture:
                     scenes = scenes_in(found.about, self.options.rule_of(video).take)
-                last = max(end for _, end in scenes) - 1
-                if video.starts is not None and video.starts[-1] > last:
-                    late = f"its caption changes at frame {video.starts[-1]}, its last is {last}"
+                if late := self._late_caption(video, found):
                     self.leave_out(video.name, OSError(late))
                     continue
                 longest = max(longest, *(end - begin for begin, end in scenes))
@@ -349,6 +348,15 @@ class Encoding:
             repeats=video.repeats if video.repeats > 1 else None,
             **more,
         )
+
+    def _late_caption(self, video: CaptionedVideo, found: ClipSurvey) -> str:
+        """Say that a caption changes after the end of its clip; nothing if it does not."""
+        frames, lasts, fps = found.about["total"], found.about["seconds"], self.options.fps
+        if fps is not None and lasts:
+            frames = math.ceil(lasts * fps)
+        if video.starts is None or not frames or video.starts[-1] < frames:
+            return ""
+        return f"its caption changes at frame {video.starts[-1]}, its last is {frames - 1}"
 
     def _leave_out_scenes(self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]]) -> None:
         """Note a clip, or those of its scenes, that fill no length."""
