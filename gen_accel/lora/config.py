@@ -1230,6 +1230,12 @@ def _chunk_faults(config: TrainConfig) -> Iterator[str]:
             f"objective causal trains chunks of films by their captions, got {name} "
             f"{shown(getattr(config, name))}: leave it out"
         )
+    from gen_accel.pipelines.generation.config import parts_of
+
+    frames = config.validation_frames or config.longest
+    for prompt in config.validation_prompts:
+        if (late := max(parts_of(prompt))) >= frames:
+            yield f"a validation prompt holds from frame {late}, and its video has {frames}"
     for stage in config.curriculum:
         if stage.rope != "none":
             yield (

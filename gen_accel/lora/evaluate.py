@@ -41,7 +41,7 @@ from gen_accel.lora.processes import ProcessGroups, by_main
 from gen_accel.measure.pictures import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.config import ConditioningFiles
+from gen_accel.pipelines.generation.config import ConditioningFiles, parts_of
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.progress import Tick
@@ -260,7 +260,7 @@ class Validation:
 
     def _streamed(self, chunked: ChunkedAttention, prompt: str, clip: Clip, tick: Tick) -> Sample:
         settings = StreamSettings(chunked.zones, context_level(self.config), self.shift)
-        streamer = Streamer(self.pipe, clip, settings, prompt, chunked)
+        streamer = Streamer(self.pipe, clip, settings, parts_of(prompt), chunked)
         chunks = streamer.lengths.chunks
         frames = [*streamer.frames(kept=lambda chunk, _: tick(chunk + 1, chunks))]
         return Sample(np.concatenate(frames), 0.0, 0.0)

@@ -188,7 +188,8 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_validation_videos_are_streams(self, tmp_path):
-        sampled = {"validate_every": 2, "validation_prompts": ("a",), "validation_steps": 2}
+        prompts = ("0: a\n9: b",)
+        sampled = {"validate_every": 2, "validation_prompts": prompts, "validation_steps": 2}
         given = ft.config(tmp_path, **fields(**sampled, validation_frames=25, guidance_scale=1.0))
         whole = ft.train(given, pipe=wan.pipeline())
         plain = ft.train(ft.config(tmp_path / "plain", **fields()))
@@ -215,6 +216,7 @@ class TestRefusals:
             ({"teacher_guidance": 3.0}, "give teacher_lora, the LoRA of a causal training"),
             ({"teacher_lora": "x"}, "give teacher_guidance, as 3"),
             ({"part": "both"}, "got part 'both'"),
+            ({"validation_prompts": ("0: a\n17: b",)}, "from frame 17, and its video has 17"),
         ],
     )
     def test_fields_that_do_not_go_together(self, wrong, message):

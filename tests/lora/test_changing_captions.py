@@ -85,8 +85,11 @@ def test_only_lines_that_all_begin_with_a_frame_are_parts(tmp_path, caption, sta
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.txt": "3: a\n5: b"}, r"a\.mp4 must begin at frame 0, got '3: a'"),
-        ({"a.txt": "0: a\n5: b\n5: c"}, "rise in frames, got 5 after 5"),
+        ({"a.txt": "3: a\n5: b"}, r"a\.mp4: a text that changes begins at frame 0, got '3: a'"),
+        (
+            {"a.txt": "0: a\n5: b\n5: c"},
+            r"a\.mp4: prompts of a stream rise in frames, got 5 after 5",
+        ),
         ({"a.txt": "0: a\n5: b", "a.1.txt": "c"}, "changes with time, and it has 1 more"),
     ],
 )

@@ -21,7 +21,7 @@ from gen_accel.lora.data.clips import (
 from gen_accel.lora.data.sets import Dataset
 from gen_accel.parsing import shown
 from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
-from gen_accel.pipelines.generation.config import TIMED, prompts_of, read_prompts
+from gen_accel.pipelines.generation.config import parts_of, read_prompts
 from gen_accel.registry import needed_for
 
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -332,18 +332,16 @@ def _of_folder(folder: Path, pictures: Pictures, faults: Faults) -> Iterator[Cap
 
 def _in_parts(video: CaptionedVideo) -> CaptionedVideo:
     """Cut a caption that changes with time into its parts."""
-    lines = [line.strip() for line in video.caption.split("\n") if line.strip()]
-    if len(lines) < 2 or not all(map(TIMED.fullmatch, lines)):
+    try:
+        parts = parts_of(video.caption)
+    except ValueError as error:
+        raise ValueError(f"the caption of {video.name}: {error}") from error
+    if len(parts) == 1:
         return video
     if video.more_captions:
         raise ValueError(
             f"the caption of {video.name} changes with time, and it has "
             f"{len(video.more_captions)} more: write one of them"
-        )
-    parts = prompts_of(lines)
-    if 0 not in parts:
-        raise ValueError(
-            f"the caption of {video.name} must begin at frame 0, got {shown(lines[0])}"
         )
     first, *more = parts.values()
     return replace(video, caption=first, more_captions=tuple(more), starts=tuple(parts))

@@ -900,6 +900,19 @@ def prompts_of(texts: Sequence[str]) -> dict[int, str]:
     return found
 
 
+def parts_of(text: str) -> dict[int, str]:
+    """Cut a text whose lines all begin with a frame, as "48: a cat sleeps", into its parts, by the
+    frames from which they hold; another text has one, from frame 0. ValueError for frames that do
+    not rise from 0."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if len(lines) < 2 or not all(map(TIMED.fullmatch, lines)):
+        return {0: text}
+    parts = prompts_of(lines)
+    if 0 not in parts:
+        raise ValueError(f"a text that changes begins at frame 0, got {shown(lines[0])}")
+    return parts
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Read the lines of a text file that are not blank.
 
