@@ -282,8 +282,7 @@ def plan_clips(
 
     Raises ValueError if no clip is long enough for a stage, all of them are held out, pictures are
     asked for and there are none, a caption changes with time under another objective than causal,
-    or clips without sound go with the model or with several
-    processes not.
+    or clips without sound go with the model or with several processes not.
     """
     if config.objective != CAUSAL:
         refuse_parts(cache.entries)
