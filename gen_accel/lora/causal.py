@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 CLEAN = 0.3  # share of the clips whose earlier chunks have no noise
 SINKS = 0.4  # share of the steps with a sink, of at least one chunk
-SEEN: tuple[Middle, ...] = ("none", "none", "salient", "salient", "grid")  # drawn alike
+OWN = 0.5  # share of the steps with the middle that a generation takes
+SEEN: tuple[Middle, ...] = ("none", "salient", "grid")  # drawn alike in the others
 
 
 class Drawn(NamedTuple):
@@ -106,9 +107,11 @@ class CausalChunks:
     def _zones(self, g: torch.Generator) -> Zones:
         window = 1 + int(torch.randint(self.zones.window, (), generator=g))
         has_sink = torch.rand((), generator=g).item() < SINKS
+        is_own = torch.rand((), generator=g).item() < OWN
         middle = SEEN[int(torch.randint(len(SEEN), (), generator=g))]
         sink = min(max(1, self.zones.sink), window) if has_sink else 0
-        return replace(self.zones, window=window, sink=sink, middle=middle)
+        seen = {"window": window, "sink": sink}
+        return replace(self.zones, **(seen if is_own else {**seen, "middle": middle}))
 
 
 def stream_of(config: TrainConfig, shift: float) -> dict[str, object] | None:

@@ -148,13 +148,15 @@ class TestDraws:
     def test_all_kinds_of_caches_are_shown(self):
         given = TrainConfig(**fields(window=3, middle="none"))
         chunks = CausalChunks.of(given, wan.transformer(), 3.0)
-        like, seen, clean = torch.zeros(1, 1, 4, 1, 1), set(), 0
+        like, seen, own, clean = torch.zeros(1, 1, 4, 1, 1), set(), 0, 0
         for seed in range(200):
             drawn = chunks.draw([seed], torch.zeros(1), like)
             seen.add((drawn.zones.window, drawn.zones.sink > 0, drawn.zones.middle))
+            own += drawn.zones.middle == "none"
             clean += not drawn.context.any()
             assert drawn.context.max() <= 0.3
         assert len(seen) == 3 * 2 * 3
+        assert 110 < own < 160
         assert 30 < clean < 90
 
 
