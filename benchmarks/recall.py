@@ -1,7 +1,8 @@
 """What a stream of the demo model knows of an object that was hidden, by what a chunk sees.
 
+    gen-accel train configs/lora/demo_recall.yaml    # first, after the commands that it names
     python benchmarks/recall.py              # losses, then clips: an hour on one core
-    python benchmarks/recall.py --losses     # two minutes
+    python benchmarks/recall.py --losses     # five minutes
     python benchmarks/recall.py --docs       # the table of docs/streaming.md
 
 An object is shown, hidden for four chunks, and returns under a caption of its motion alone. The
@@ -24,7 +25,7 @@ import torch
 from kept import clip_file, keep_clip, kept_clip
 from pages import RESULTS, machine, write_table
 from rich.progress import track
-from streaming import DOCS, LORA, SCENES, SETTINGS, SIZE, Seen, streamed
+from streaming import DOCS, SCENES, SETTINGS, SIZE, Seen, streamed
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
@@ -56,7 +57,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--lora", type=Path, default=LORA, help="default: the embedded one")
+    parser.add_argument("--lora", type=Path, default=Path("outputs/demo_recall/lora"))
     parser.add_argument("--work", type=Path, default=Path("outputs/recall"))
     parser.add_argument("--clips", type=int, default=CLIPS, help="of each setting")
     parser.add_argument("--settings", nargs="+", default=[*MEASURED], choices=[*SEEN])
@@ -179,10 +180,10 @@ def table(report: dict[str, Any]) -> list[str]:
     """Rows of the table: losses and clips of each setting."""
     lora, least = report["lora"], f"{LEVELS[0]:g}"
     lines = [
-        f"The demo model with its LoRA for streams ({lora['steps']} steps on clips of "
-        f"{lora['frames']} frames); {machine(report)}. Loss: of the chunk of the return at noise "
-        f"{LEVELS[0]:g} and {LEVELS[1]:g}, mean of {LOSSES} clips; with another: at "
-        f"{LEVELS[0]:g}, after an object of another colour and shape. Right: generated clips "
+        f"The demo model with a LoRA that goes on from its own for streams ({lora['steps']} steps "
+        f"on clips of {lora['frames']} frames); {machine(report)}. Loss: of the chunk of the "
+        f"return at noise {LEVELS[0]:g} and {LEVELS[1]:g}, mean of {LOSSES} clips; with another: "
+        f"at {LEVELS[0]:g}, after an object of another colour and shape. Right: generated clips "
         "whose object returns in its colour and shape.",
         "",
         "| chunks seen | loss | with another | colour | shape | right | of |",

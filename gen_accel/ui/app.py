@@ -58,20 +58,23 @@ NAME_OF_TAB = """() => {
 }"""
 
 
-# Looks at the queue each second, and tells the screens where a job has changed.
+# Looks at the queue each second, and tells the screens where a job has changed. What the screens
+# then show takes a browser a third of a second, so that the next look waits longer.
 PULSE = """
 let before = null;
 const look = async () => {
+  let told = false;
   try {
     const answer = await fetch('pulse');
     const now = await answer.text();
     if (answer.status === 401) location.reload();
-    if (answer.ok && now !== before) { before = now; trigger('click'); }
+    told = answer.ok && now !== before;
+    if (told) { before = now; trigger('click'); }
     element.textContent = '';
   } catch {
     element.textContent = 'The server does not answer. What it made is in its folder.';
   } finally {
-    setTimeout(look, 1000);
+    setTimeout(look, told ? 2000 : 1000);
   }
 };
 look();
@@ -187,6 +190,7 @@ class Server:
                     with gr.Tab(name, id=kind):
                         build(page)
             overview.build_queue(tabs)
+            page.listen()
             blocks.load(None, None, [tab], js=NAME_OF_TAB, api_visibility="private")
         gr.mount_gradio_app(
             self.app,

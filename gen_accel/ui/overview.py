@@ -37,7 +37,7 @@ class Overview:
         seen = gr.State({})
         kinds = {tab.id for tab in screens.children if isinstance(tab, gr.Tab)}
 
-        def look(before: Values) -> Held:
+        def look(held: Held) -> Held:
             now = {
                 "gallery": (self.gallery, _gallery(page)),
                 "status": (self.status, _status(page)),
@@ -45,7 +45,7 @@ class Overview:
                 "trouble": (trouble, html("error", page.queue.trouble)),
             }
             texts = {name: text for name, (_, text) in now.items()}
-            changed = {part: x for name, (part, x) in now.items() if x != before.get(name)}
+            changed = {part: x for name, (part, x) in now.items() if x != held[seen].get(name)}
             return {seen: texts if changed else gr.skip(), **changed}
 
         def opened(name: str, kind: str) -> Held:
@@ -73,7 +73,7 @@ class Overview:
             return {table: _table(page), trouble: said}
 
         parts = [self.gallery, self.status, table, trouble]
-        page.pulse.click(look, [seen], [*parts, seen], **QUIETLY)
+        page.at_pulse(look, {seen}, [*parts, seen])
         clicks = [one.click for one in page.clicked]
         gr.on(clicks, act, [page.tab], [table, trouble, page.shown, screens], **QUIETLY)
 

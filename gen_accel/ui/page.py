@@ -125,11 +125,12 @@ class Page:
         models: what to choose a model from, the first by default: folders and names on the hub,
             and "demo".
         tab: name of the browser's tab, which outlives a reload; an input of what submits.
-        pulse: is clicked within a second of each change of a job, so that a page at rest asks one
-            small thing a second.
+        pulse: is clicked within two seconds of each change of a job; a page at rest asks one small
+            thing a second.
         shown: id of the job that was chosen in the gallery or the queue, or the kind of jobs of
             the screen that was opened; then a space and when.
         clicked: parts whose buttons show a job, open a screen, or change the queue; see `linked`.
+        looks: what looks at the queue at each pulse; see `at_pulse`.
     """
 
     queue: Queue
@@ -140,6 +141,30 @@ class Page:
     pulse: gr.HTML
     shown: gr.Textbox
     clicked: list[gr.HTML] = field(default_factory=list)
+    looks: list[tuple[Callable[[Held], Held], set[Block], Sequence[Block]]] = field(
+        default_factory=list
+    )
+
+    def at_pulse(
+        self, look: Callable[[Held], Held], inputs: set[Block], outputs: Sequence[Block]
+    ) -> None:
+        """Call `look` with the values of `inputs` at each pulse.
+
+        Args:
+            outputs: components that `look` returns, each of one `look` alone.
+        """
+        self.looks.append((look, inputs, outputs))
+
+    def listen(self) -> None:
+        """Let each pulse ask all `looks` in one request: every answer costs a browser time, which
+        on a machine without a GPU is taken from the job."""
+
+        def look(held: Held) -> Held:
+            return {part: x for one, _, _ in self.looks for part, x in one(held).items()}
+
+        inputs = set[Block]().union(*(some for _, some, _ in self.looks))
+        outputs = [part for _, _, some in self.looks for part in some]
+        self.pulse.click(look, inputs, outputs, **QUIETLY)
 
     def linked(self, value: str, name: str, style: str | None = None) -> gr.HTML:
         """Make HTML `#name` whose buttons `overview.Overview` answers, by `data-act` and
@@ -266,7 +291,7 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
         return {**shown, error: html("error", one.error), ended: one.id}
 
     outputs = [status, error, preview, stop, ended, seen]
-    page.pulse.click(look, {job, seen}, outputs, **QUIETLY)
+    page.at_pulse(look, {job, seen}, outputs)
     job.change(look, {job, seen}, outputs, **QUIETLY)
     stop.click(page.queue.cancel, [job], [], **QUIETLY)
 
