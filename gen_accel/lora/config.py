@@ -806,11 +806,6 @@ class TrainConfig(Config):
             for file in files:
                 if not expanded(file).is_file():
                     raise FileNotFoundError(f"{name}: there is no file at {file}")
-        if not self.sets and not self.cache_folder.exists():
-            raise ValueError(
-                f"data is not given and {self.cache_folder} holds no cache: give the videos, or "
-                "a cache made with `gen-accel cache`"
-            )
         self.clips()  # before torch is imported, which takes seconds
 
     def inputs(self) -> dict[str, list[Path]]:

@@ -108,6 +108,11 @@ AGAIN = "give data, or cache again with this config"
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[ModelToTrain, LatentCache]:
     """Load the pipeline, check the config against it, and cache the missing clips."""
     folder, main = config.cache_folder, accelerator.is_main_process
+    if not config.sets and not folder.exists():
+        raise ValueError(
+            f"data is not given and {folder} holds no cache: give the videos, or a cache made "
+            "with `gen-accel cache`"
+        )
     source = source_of(config)
     index = index_of(source)  # refuses a folder that names other code
     if config.context_parallel > 1 and is_there(index, config.part):

@@ -215,10 +215,3 @@ def test_the_embedded_model_trains_at_its_own_size_unless_told():
     assert told(sizes=("64x96", "96x64"))[:2] == (64, 96)
     again = TrainConfig.read(yaml.safe_load(TrainConfig(height=480).as_yaml()))
     assert (again.height, again.width) == (480, 96)
-
-
-def test_a_training_without_clips_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ValueError, match=r"data is not given and .*cache holds no cache"):
-        TrainConfig(out=str(tmp_path / "run")).check_files()
-    (tmp_path / "run" / "cache").mkdir(parents=True)
-    TrainConfig(out=str(tmp_path / "run")).check_files()

@@ -271,7 +271,8 @@ def test_clips_of_minimax_h3_without_sound_are_named(h3, clips, tmp_path):
     given = ft.config(tmp_path, **H3_FIELDS)
     model = model_of(given, h3.pipe)
     assert (model.shift, model.sound_shift, model.trained_frames) == (12.0, 3.0, 124)
-    entries = [SimpleNamespace(sound_key=key, name=str(key)) for key in ("a", None)]
+    about = {"starts": None}
+    entries = [SimpleNamespace(sound_key=key, name=str(key), **about) for key in ("a", None)]
     silent: Any = SimpleNamespace(entries=entries)
     with pytest.raises(ValueError, match="1 of 2 clips have no sound, without which MiniMax-H3"):
         plan_clips(given, model, silent, 1)
