@@ -1,4 +1,4 @@
-"""What a stream of the demo model knows of an object that was hidden, by what a chunk sees.
+"""Memory of the demo model's streams: what they know of an object that was hidden.
 
     gen-accel train configs/lora/demo_recall.yaml    # first, after the commands that it names
     python benchmarks/recall.py              # losses, then clips: an hour on one core
@@ -18,6 +18,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from gen_accel.pipelines.long_video.chunks import ChunkedAttention
 from gen_accel.pipelines.zones import Zones
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from demo_model.recall import FACTOR, LATENTS, Recall, first_frame
+from demo_model.recall import LENGTHS, Recall
 
 RESULT = RESULTS / "recall.json"
 SEED, CLIPS, LOSSES = 9000, 48, 24  # first seed; clips and losses of a setting
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 def recalls(count: int) -> list[Recall]:
-    """What is measured: nothing, an object, nothing for four chunks, and the object."""
+    """Plan clips: nothing, an object, nothing for four chunks, and the object."""
     return [Recall((SCENES[i % len(SCENES)],), lead=1) for i in range(count)]
 
 
@@ -111,30 +112,24 @@ def losses(pipe: Any, args: argparse.Namespace) -> Iterator[tuple[str, list[Row]
             said[text] = family.encode_prompt(pipe, [text], 16)
         return said[text]
 
-    films = [
-        [
-            chunks_of(pipe, each, SEED + i)
-            for each in (recall, Recall((other_than(recall.scene),), lead=1))
-        ]
-        for i, recall in enumerate(track(recalls(LOSSES), "clips for the losses"))
-    ]
+    films = []
+    for i, recall in enumerate(track(recalls(LOSSES), "clips for the losses")):
+        shown = recall, replace(recall, scenes=(other_than(recall.scene),))
+        films.append([(each.captions(), chunks_of(pipe, each, SEED + i)) for each in shown])
     for name in args.settings:
         attention = ChunkedAttention(transformer, Zones(**{**own.zones.to_dict(), **SEEN[name]}))
         rows = []
         for i, recall in enumerate(track(recalls(LOSSES), f"losses, {name}")):
             row: Row = {"prompt": recall.scene.caption, "seed": SEED + i}
-            clean = films[i][0][recall.returns]
+            clean = films[i][0][1][recall.returns]
             noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(i))
-            texts = recall.captions()
-            for which, film in zip(("own", "other"), films[i], strict=True):
+            for which, (texts, film) in zip(("own", "other"), films[i], strict=True):
                 attention.forget()
                 for chunk in range(recall.returns):
-                    text = texts[max(x for x in texts if x <= first_frame(chunk))]
-                    if which == "other":
-                        text = text.replace(recall.scene.caption, other_than(recall.scene).caption)
+                    text = LENGTHS.prompt(texts, chunk)
                     with attention.chunk("cond", keeps=True):
                         family.predict(transformer, film[chunk], torch.zeros(1), conditions(text))
-                last = conditions([*texts.values()][-1])
+                last = conditions(LENGTHS.prompt(texts, recall.returns))
                 for level in LEVELS:
                     mixed = (1 - level) * clean + level * noise
                     with attention.chunk("cond"):
@@ -149,11 +144,10 @@ def losses(pipe: Any, args: argparse.Namespace) -> Iterator[tuple[str, list[Row]
 def chunks_of(pipe: Any, recall: Recall, seed: int) -> list[Tensor]:
     """Draw a clip up to the return and encode it, by chunks."""
     generator = torch.Generator().manual_seed(seed)
-    frames = first_frame(recall.returns + 1)
+    frames = LENGTHS.first(recall.returns + 1)
     video = recall.draw(frames=frames, size=SIZE, generator=generator)
     latents = family_of(pipe.transformer).encode_video(pipe, video[None])
-    assert latents.shape[2] == (frames - 1) // FACTOR + 1
-    return [*latents.split(LATENTS, dim=2)]
+    return [*latents.split(LENGTHS.latents, dim=2)]
 
 
 def clips(pipe: Any, name: str, args: argparse.Namespace) -> list[Row]:
@@ -161,7 +155,7 @@ def clips(pipe: Any, name: str, args: argparse.Namespace) -> list[Row]:
     and the second half the same with other seeds."""
     place, rows = args.work / name.replace(", ", "_").replace(" ", "_"), []
     for i, recall in enumerate(track(recalls(args.clips), f"clips, {name}")):
-        begin, end = first_frame(recall.returns), first_frame(recall.returns + 1)
+        begin, end = map(LENGTHS.first, (recall.returns, recall.returns + 1))
         if not clip_file(place, i).exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

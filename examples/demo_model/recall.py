@@ -6,7 +6,7 @@ was shown before. Where two objects were shown, their motions tell them apart.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,16 @@ from torch import Tensor
 from gen_accel.demo.world import BACKGROUND, FPS, SHOWN, Scene, render
 from gen_accel.io import replacing
 from gen_accel.measure.video_io import write_video
+from gen_accel.pipelines.generation.stream import Lengths
 
-CHUNKS, LATENTS, FACTOR = 8, 3, 4  # of a clip; latent frames of a chunk; frames of a latent frame
+LENGTHS = Lengths(frames=93, latents=3, factor=4)  # of a clip and its chunks
 HIDDEN = "something"  # caption while nothing is to be seen
 MASK_SIZE = 16  # pixels
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What is shown in which chunk.
+    """Plan of what a clip shows in which chunk.
 
     Args:
         scenes: objects, shown one after the other.
@@ -65,8 +66,8 @@ class Recall:
             scene = self.of(chunk)
             text = HIDDEN if scene is None else scene.caption
             if [*found.values()][-1:] != [text]:
-                found[first_frame(chunk)] = text
-        return {**found, first_frame(self.returns): anonymous_caption(self.scene)}
+                found[LENGTHS.first(chunk)] = text
+        return {**found, LENGTHS.first(self.returns): anonymous_caption(self.scene)}
 
     def draw(self, *, frames: int, size: int, generator: torch.Generator) -> Tensor:
         """Draw it, (3, frames, size, size) in [-1, 1]; a hidden object keeps moving.
@@ -77,22 +78,17 @@ class Recall:
         scenes = [*self.scenes]
         films = render(scenes, frames=frames, size=size, generator=generator)
         video = torch.full_like(films[0], BACKGROUND / 127.5 - 1)
-        for chunk in range(-(-frames // (LATENTS * FACTOR)) + 1):
+        for chunk in range(replace(LENGTHS, frames=frames).chunks):
             scene = self.of(chunk)
-            part = slice(first_frame(chunk), first_frame(chunk + 1))
+            part = slice(LENGTHS.first(chunk), LENGTHS.first(chunk + 1))
             if scene is not None:
                 video[:, part] = films[scenes.index(scene), :, part]
         return video
 
 
-def first_frame(chunk: int) -> int:
-    """Number of a chunk's first frame; the first latent frame has one."""
-    return max(0, 1 + (chunk * LATENTS - 1) * FACTOR)
-
-
 def drawn(seed: int, scenes: tuple[Scene, ...] = SHOWN) -> Recall:
-    """Draw what a clip of `CHUNKS` shows, a third of them two objects, which differ in colour or
-    shape and in motion."""
+    """Draw what a clip of eight chunks shows. A third of the clips have two objects, which differ
+    in colour or shape and in motion."""
     g = torch.Generator().manual_seed(seed)
 
     def one_of(count: int) -> int:
@@ -109,7 +105,7 @@ def drawn(seed: int, scenes: tuple[Scene, ...] = SHOWN) -> Recall:
         ]
         shown.append(others[one_of(len(others))])
     lead, each = one_of(2), 1 if len(shown) > 1 else 1 + one_of(2)
-    gap = 1 + one_of(min(4, CHUNKS - 1 - lead - each * len(shown)))
+    gap = 1 + one_of(min(4, LENGTHS.chunks - 1 - lead - each * len(shown)))
     return Recall((*shown,), one_of(len(shown)), lead, each, gap)
 
 
@@ -130,7 +126,7 @@ def write_recalls(folder: Path, *, count: int, size: int = 96, seed: int = 0) ->
     Args:
         size: height and width of the clips in pixels.
     """
-    frames = first_frame(CHUNKS)
+    frames = LENGTHS.frames
     for i in range(count):
         stem, own = folder / f"{i:04d}", seed * 10**6 + i
         if stem.with_suffix(".txt").exists():
@@ -140,7 +136,7 @@ def write_recalls(folder: Path, *, count: int, size: int = 96, seed: int = 0) ->
         pixels = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
         write_video(pixels, stem.with_suffix(".mp4"), fps=FPS)
         mask = np.zeros((frames, MASK_SIZE, MASK_SIZE, 3), np.uint8)
-        mask[first_frame(recall.returns) : first_frame(recall.returns + 1)] = 255
+        mask[LENGTHS.first(recall.returns) : LENGTHS.first(recall.returns + 1)] = 255
         write_video(mask, stem.with_suffix(".mask.mp4"), fps=FPS)
         lines = [f"{frame}: {text}" for frame, text in recall.captions().items()]
         with replacing(stem.with_suffix(".txt")) as partial:

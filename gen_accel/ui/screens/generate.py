@@ -569,11 +569,11 @@ def _inputs(model: str) -> tuple[str, ...]:
     if index_in(folder) is None:
         return tuple(INPUTS.values())
 
-    def takes(*kinds: str) -> bool:
-        return _makes_from(folder, *kinds)
-
-    found = [name for kind, name in INPUTS.items() if takes(kind) or takes(FIRST, kind)]
-    return tuple(found)
+    return tuple(
+        name
+        for kind, name in INPUTS.items()
+        if _makes_from(folder, kind) or _makes_from(folder, FIRST, kind)
+    )
 
 
 def _waits(model: str) -> bool:
