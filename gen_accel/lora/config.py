@@ -727,7 +727,7 @@ class TrainConfig(Config):
             held.update({name: one for name, one in OF_DEMO.items() if name not in followed})
         if self.student_steps is not None and not self.is_given("validation_steps"):
             held["validation_steps"] = self.student_steps
-        for fault in chain(_clip_faults(self), _adapter_faults(self), _other_faults(self)):
+        for fault in _faults(self):
             raise ValueError(fault)
 
     def runs(self) -> list["TrainConfig"]:
@@ -1007,8 +1007,8 @@ def packages_of(given: Mapping[str, str | None]) -> set[str]:
     return {PACKAGES.get(word, word.partition(".")[0]) for word in words if word}
 
 
-def _clip_faults(config: TrainConfig) -> Iterator[str]:
-    """Say which fields of clips and captions do not go together."""
+def _faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields do not go together, and what single values cannot be."""
     if not config.stages:
         yield "stages is empty: give at least one, as 81:200"
     assert config.curriculum  # refuses what is no stage
@@ -1022,297 +1022,184 @@ def _clip_faults(config: TrainConfig) -> Iterator[str]:
             f"{', '.join(f'{rows}x{columns}' for rows, columns in sizes)}: leave both out, or add "
             f"{height}x{width} to sizes"
         )
-    if config.data is not None and config.datasets:
-        yield (
-            f"data {config.data} and datasets {shown(config.datasets)} both name the clips: give "
-            "one of them"
-        )
     for text in config.repeats:
         parse_repeats(text)
-    if config.sound:
-        if config.fps is None:
-            yield "sound needs fps, so that clip and sound last equally long: give fps, as 24"
-        if config.adapter != "lora":
-            yield f"sound is for adapter lora, got {config.adapter}: leave one out"
-        for name in filter(config.is_given, ("student_steps", "teacher_guidance")):
-            yield f"sound is not for {name}, got {getattr(config, name)}: leave one out"
-        if config.images:
-            yield f"sound is of films, got images {config.images:g}: leave one of them out"
+    if config.sound and config.fps is None:
+        yield "sound needs fps, so that clip and sound last equally long: give fps, as 24"
     held = config.held_out
     if held >= 1 and held % 1:
         yield (
             f"held_out must be a whole number of clips, or a share from 0 to below 1, got {held:g}"
         )
-    if held and not config.loss_every:
-        yield (
-            f"held_out {held:g} keeps clips from training to measure their loss: give loss_every, "
-            "as 50"
-        )
-    if config.is_given("tag_orders") and config.shuffle_tags is None:
-        yield (
-            f"tag_orders is for shuffle_tags, which is not given, got {config.tag_orders}: give "
-            "shuffle_tags, as 1, or leave it out"
-        )
     for name in ("trigger", "default_caption"):
         text = getattr(config, name)
         if text is not None and not text.strip():
             yield f"{name} must hold a word, got {shown(text)}: leave it out for none"
-    if config.condition not in (None, "text") and config.adapter != "lora":
-        yield (
-            f"condition {config.condition} is for adapter lora, got adapter {config.adapter}: an "
-            "image prompt is trained on models from text to video"
-        )
-    for name, conditions in DROPOUTS.items():
-        share, asked = getattr(config, name), config.condition
-        if share and asked not in (None, *conditions):
-            yield (
-                f"{name} {share:g} is for condition {conditions[0]}, got condition {asked}: leave "
-                "it out"
-            )
-        if share and config.adapter != "lora":
-            yield f"{name} is for adapter lora, got {config.adapter}: leave it out"
-
-
-def _adapter_faults(config: TrainConfig) -> Iterator[str]:
-    """Say which fields do not go with the kind of adapter."""
-    given, is_lora = config.is_given, config.adapter == "lora"
-    other, owner = ("Image prompt", "image prompt") if is_lora else ("LoRA", "LoRA")
-    names = [name for name, one in config.options().items() if one.group == other]
-    if wrong := [f"{name} {shown(getattr(config, name))}" for name in names if given(name)]:
-        yield (
-            f"adapter {config.adapter} does not use {', '.join(wrong)}: leave out what belongs to "
-            f"a {owner} ({', '.join(names)})"
-        )
-    if config.rank == 0:
-        for name in filter(given, ("dora", "rank_stabilised", "lora_kind", "lora_plus")):
-            yield f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
-        if config.teacher_lora is not None:
-            yield (
-                f"teacher_lora {config.teacher_lora} teaches a LoRA, and rank is 0: give a rank, "
-                "or leave it out"
-            )
-    elif not config.targets:
+    for names, goes, why in _rules(config):
+        for name in () if goes else filter(config.is_given, names):
+            value = getattr(config, name)
+            words = value if isinstance(value, str) else shown(value)
+            words = f"{value:g}" if isinstance(value, float) else words
+            yield f"{name} {why}" if value is True else f"{name} {words} {why}"
+    if config.adapter == "lora" and config.rank and not config.targets:
         yield "targets is empty: name what the LoRA is put on, as attention"
-    if config.lora_kind != "lora":
-        for name in filter(given, ("dora", "rank_stabilised", "lora_plus", "lora_dropout")):
-            yield (
-                f"{name} is of lora_kind lora, got {shown(getattr(config, name))} with "
-                f"{config.lora_kind}: leave it out"
-            )
-        if config.is_quantised:
-            yield (
-                f"lora_kind {config.lora_kind} does not go onto base {config.base}: take base "
-                "fp8, or lora_kind lora"
-            )
-    taught = ("distill", CAUSAL) if is_lora else ()
-    if config.objective not in taught:
-        names = ("teacher_guidance", "teacher_lora", "teacher_method", "student_steps")
-        for name in filter(given, names):
-            yield (
-                f"{name} is for objective distill of adapter lora, got "
-                f"{shown(getattr(config, name))} with {config.objective} of {config.adapter}: "
-                "leave it out"
-            )
-    yield from _student_faults(config)
-    yield from _chunk_faults(config)
-    if is_lora:
-        if config.objective == "distill_attention":
-            yield "objective distill_attention is for adapter image_prompt: take distill"
-        return
-    if config.part == "both":
-        yield (
-            f"part both trains a LoRA for each expert, got adapter {config.adapter}: give part "
-            "transformer or transformer_2"
-        )
-    if config.context_parallel > 1:
-        yield (
-            f"context_parallel {config.context_parallel} is for adapter lora: an image prompt "
-            "trains with whole clips, so leave it out"
-        )
-    unread, why = "image_size", "to"
-    if config.image_encoder is None:
-        unread, why = "image_features", "without"
-    if given(unread):
-        yield (
-            f"{unread} does not apply {why} an image_encoder, got {shown(getattr(config, unread))}"
-            ": leave it out"
-        )
-    if config.is_quantised:
-        yield (
-            f"base {config.base} does not go with adapter image_prompt, whose layers start as "
-            "copies of the model's own: take fp8"
-        )
+    if config.objective == CAUSAL:
+        assert config.zones  # refuses what does not go together
+        from gen_accel.pipelines.generation.config import parts_of
 
-
-def _student_faults(config: TrainConfig) -> Iterator[str]:
-    """Say which fields of a teacher's attention and of a student's steps do not go together."""
-    given, steps = config.is_given, config.student_steps
-    if config.teacher_settings and config.teacher_method is None:
-        yield (
-            f"teacher_settings {shown(config.teacher_settings)} are of a teacher_method, and none "
-            "is given: give it too"
-        )
-    if steps is None:
-        for name in filter(given, ("teacher_steps", "starts")):
-            yield (
-                f"{name} {shown(getattr(config, name))} is for student_steps, which is not given: "
-                "give student_steps, as 4, or leave it out"
-            )
-        return
-    if config.teacher_steps is not None and config.teacher_steps % steps:
-        yield (
-            f"teacher_steps must be a multiple of student_steps {steps}, as {3 * steps}, got "
-            f"{config.teacher_steps}"
-        )
-    if (levels := config.noise_levels) and len({*levels}) != steps:
-        yield (
-            f"noise_levels are the noise at which each of student_steps {steps} begins, got "
-            f"{len({*levels})}: give as many, or leave them out"
-        )
-    if config.masks and config.starts != "data":
-        yield (
-            f"masks are of clips, and starts {config.starts} begins with none: leave them out, or "
-            "give starts data"
-        )
-    drawing = ("sampled_steps", "timestep_sampling", "logit_mean", "logit_std", "weighting")
-    for name in filter(given, drawing):
-        yield (
-            f"{name} says which noise levels train and by how much, which student_steps does, got "
-            f"{shown(getattr(config, name))}: leave it out"
-        )
-
-
-def _chunk_faults(config: TrainConfig) -> Iterator[str]:
-    """Say which fields of chunks do not go together, or with others."""
-    given = config.is_given
-    if config.objective != CAUSAL:
-        names = [name for name, one in config.options().items() if one.group == "Chunks"]
-        for name in filter(given, names):
-            yield (
-                f"{name} is for objective causal, got {shown(getattr(config, name))} with "
-                f"{config.objective}: leave it out"
-            )
-        return
-    if config.adapter != "lora":
-        yield f"objective causal is for adapter lora, got {config.adapter}: take flow"
-    if config.teacher_guidance > 1 and config.teacher_lora is None:
-        yield (
-            f"teacher_guidance {config.teacher_guidance:g} with objective causal is of a teacher "
-            "that makes chunks: give teacher_lora, the LoRA of a causal training without it"
-        )
-    if config.teacher_lora is not None and config.teacher_guidance == 1:
-        yield (
-            f"teacher_lora {config.teacher_lora} with objective causal teaches its guidance: give "
-            "teacher_guidance, as 3"
-        )
-    if given("remembered") and config.middle == "none":
-        yield (
-            f"remembered {config.remembered} is of a middle, and middle is none: give middle, as "
-            "salient, or leave it out"
-        )
-    assert config.zones  # refuses what does not go together
-    unfit = {
-        "condition": config.condition not in (None, "text"),
-        "sound": config.sound,
-        "images": config.images > 0,
-        "student_steps": config.student_steps is not None,
-        "context_parallel": config.context_parallel > 1,
-        "part": config.part != "transformer",
-        "sample_with": bool(config.sample_with),
-    }
-    for name in (name for name, wrong in unfit.items() if wrong):
-        yield (
-            f"objective causal trains chunks of films by their captions, got {name} "
-            f"{shown(getattr(config, name))}: leave it out"
-        )
-    from gen_accel.pipelines.generation.config import parts_of
-
-    frames = config.validation_frames or config.longest
-    for prompt in config.validation_prompts:
-        if (late := max(parts_of(prompt))) >= frames:
-            yield f"a validation prompt holds from frame {late}, and its video has {frames}"
-    for stage in config.curriculum:
-        if stage.rope != "none":
-            yield (
-                f"positions begin again in each chunk of objective causal, got stage {stage}: "
-                f"leave {stage.rope} out"
-            )
-
-
-def _other_faults(config: TrainConfig) -> Iterator[str]:
-    """Say which fields of loss, memory and validation do not go together."""
-    given = config.is_given
+        frames = config.validation_frames or config.longest
+        for prompt in config.validation_prompts:
+            if (late := max(parts_of(prompt))) >= frames:
+                yield f"a validation prompt holds from frame {late}, and its video has {frames}"
+        for stage in config.curriculum:
+            if stage.rope != "none":
+                yield (
+                    "positions begin again in each chunk of objective causal, got stage "
+                    f"{stage}: leave {stage.rope} out"
+                )
     if not all(0 < level <= 1 for level in config.noise_levels):
         yield f"noise_levels must be above 0 and at most 1, got {shown(config.noise_levels)}"
     if not all(0 <= beta < 1 for beta in config.betas):
         yield f"betas must be two shares from 0 to below 1, got {shown(config.betas)}"
-    if config.noise_levels and config.sampled_steps is not None:
-        yield (
-            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
-            "say where to train: give one of them"
+    for name, other, needed in (
+        ("validation_images", "validation_prompts", False),
+        ("validation_controls", "validation_prompts", config.condition == "control"),
+        ("validation_last_images", "validation_images", False),
+    ):
+        have, wanted = len(getattr(config, name)), len(getattr(config, other))
+        if have != wanted and (have or (needed and config.validate_every)):
+            yield f"{name} must be as many as {other}, {wanted}, got {have}"
+
+
+def _rules(c: TrainConfig) -> Iterator[tuple[Sequence[str], bool, str]]:
+    """Yield fields, whether they may be given, and else what is said after name and value."""
+    adapter, steps, causal = c.adapter, c.student_steps, c.objective == CAUSAL
+    is_lora, alone = adapter == "lora", c.objective == "distill_attention"
+    groups: dict[str, list[str]] = {}
+    for name, one in c.options().items():
+        groups.setdefault(one.group, []).append(name)
+    not_lora = f"is for adapter lora, got {adapter}: leave it out"
+
+    # Clips and captions
+    yield ["datasets"], c.data is None, f"and data {c.data} both name the clips: give one of them"
+    learnt = ["student_steps", "teacher_guidance"]
+    yield learnt, not c.sound, "does not go with sound: leave one of them out"
+    yield ["images"], not c.sound, "does not go with sound, of films: leave one of them out"
+    yield (
+        ["held_out"],
+        c.loss_every > 0,
+        "keeps clips from training to measure their loss: give loss_every, as 50",
+    )
+    yield (
+        ["tag_orders"],
+        c.shuffle_tags is not None,
+        "is for shuffle_tags, which is not given: give shuffle_tags, as 1, or leave it out",
+    )
+    yield (
+        ["condition"],
+        is_lora or c.condition == "text",
+        f"is for adapter lora, got adapter {adapter}: an image prompt is trained on models from "
+        "text to video",
+    )
+    for name, fit in DROPOUTS.items():
+        why = f"is for condition {fit[0]}, got condition {c.condition}: leave it out"
+        yield [name], c.condition in (None, *fit), why
+    yield ["sound", *DROPOUTS], is_lora, not_lora
+
+    # Adapter
+    other = "Image prompt" if is_lora else "LoRA"
+    why = f"is not used by adapter {adapter}: leave out what belongs to a {other}"
+    yield groups[other], False, f"{why} ({', '.join(groups[other])})"
+    of_lora = ["dora", "rank_stabilised", "lora_plus"]
+    why = "and rank is 0: give a rank, or leave it out"
+    yield [*of_lora, "lora_kind"], c.rank > 0, f"is of a LoRA, {why}"
+    yield ["teacher_lora"], c.rank > 0, f"teaches a LoRA, {why}"
+    why = f"is of lora_kind lora, got {c.lora_kind}: leave it out"
+    yield [*of_lora, "lora_dropout"], c.lora_kind == "lora", why
+    why = f"does not go onto base {c.base}: take base fp8, or lora_kind lora"
+    yield ["lora_kind"], not c.is_quantised, why
+    yield (
+        ["teacher_guidance", "teacher_lora", "teacher_method", "student_steps"],
+        is_lora and c.objective in ("distill", CAUSAL),
+        f"is for objective distill of adapter lora, got {c.objective} of {adapter}: leave it out",
+    )
+    yield ["objective"], not (alone and is_lora), "is for adapter image_prompt: take distill"
+    yield (
+        ["part"],
+        is_lora or c.part != BOTH,
+        f"trains a LoRA for each expert, got adapter {adapter}: give part transformer or "
+        "transformer_2",
+    )
+    why = "is for adapter lora: an image prompt trains with whole clips, so leave it out"
+    yield ["context_parallel"], is_lora, why
+    why = "an image_encoder: leave it out"
+    yield ["image_size"], c.image_encoder is None, f"does not apply to {why}"
+    yield ["image_features"], c.image_encoder is not None, f"does not apply without {why}"
+    yield (
+        ["base"],
+        is_lora or not c.is_quantised,
+        "does not go with adapter image_prompt, whose layers start as copies of the model's own: "
+        "take fp8",
+    )
+
+    # Steps of a student
+    why = "is of a teacher_method, and none is given: give it too"
+    yield ["teacher_settings"], c.teacher_method is not None, why
+    why = "is for student_steps, which is not given: give student_steps, as 4, or leave it out"
+    yield ["teacher_steps", "starts"], steps is not None, why
+    levels, drawing = len({*c.noise_levels}), ["timestep_sampling", "logit_mean", "logit_std"]
+    if steps is not None:
+        why = f"must be a multiple of student_steps {steps}, as {3 * steps}"
+        yield ["teacher_steps"], (c.teacher_steps or steps) % steps == 0, why
+        why = f"are the noise at which each of student_steps {steps} begins: give as many"
+        yield ["noise_levels"], levels == steps, f"{why}, or leave them out"
+        why = f"are of clips, and starts {c.starts} begins with none: leave them out"
+        yield ["masks"], c.starts == "data", f"{why}, or give starts data"
+        why = "says which noise levels train and by how much, which student_steps does"
+        yield [*drawing, "sampled_steps", "weighting"], False, f"{why}: leave it out"
+
+    # Chunks
+    why = f"is for objective causal, got {c.objective}: leave it out"
+    yield groups["Chunks"], causal, why
+    if causal:
+        why = (
+            "with objective causal is of a teacher that makes chunks: give teacher_lora, the LoRA"
         )
-    fixing = "noise_levels" if config.noise_levels else "sampled_steps"
-    drawing = ["timestep_sampling", "logit_mean", "logit_std"]
-    drawing += ["shift"] if config.noise_levels else []
-    for name in filter(given, drawing if given(fixing) else ()):
-        yield (
-            f"{name} says how noise levels are drawn, which {fixing} fixes, got "
-            f"{shown(getattr(config, name))}: leave one out"
-        )
-    if given("min_snr") and config.weighting != "min_snr":
-        yield f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
-    if config.mask_floor and not config.masks:
-        yield f"mask_floor {config.mask_floor:g} is for masks: give masks, or leave it"
-    if config.objective == "distill_attention":
-        for name in filter(given, ("huber", "weighting")):
-            yield (
-                f"objective distill_attention has a loss of its own, got {name} "
-                f"{shown(getattr(config, name))}: leave it out"
-            )
-        if config.masks:
-            yield (
-                "masks weigh the error of a prediction, and objective distill_attention has none: "
-                "leave masks out"
-            )
-        if config.checkpoints_activations:
-            yield (
-                "gradient_checkpointing saves nothing under objective distill_attention, whose "
-                "gradients stay within each attention: leave it out"
-            )
-    if not config.checkpoints_activations:
-        if config.checkpoint_parts:
-            yield (
-                "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
-                "parts are"
-            )
-        needing = {"blocks_to_swap": config.blocks_to_swap > 0, "base": config.casts_base}
-        for name in (name for name, needs in needing.items() if needs):
-            yield (
-                f"{name} {getattr(config, name)} needs gradient_checkpointing on or offload, "
-                "which brings a block's weights back for its backward pass"
-            )
-    if config.validate_every and not config.validation_prompts:
-        yield "validate_every needs validation_prompts, got none"
-    count, prompts = len(config.validation_images), len(config.validation_prompts)
-    if count and count != prompts:
-        yield f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
-    controls = len(config.validation_controls)
-    if config.condition != "control" and controls:
-        yield (
-            f"validation_controls are for condition control, got {config.condition}: leave them "
-            "out"
-        )
-    elif config.condition == "control" and config.validate_every and controls != prompts:
-        yield (
-            f"validation_controls must be as many as validation_prompts, {prompts}, got {controls}"
-        )
-    if config.condition == "control" and count:
-        yield (
-            "validation_images are first frames or image prompts, got condition control: leave "
-            "them out, and give validation_controls"
-        )
-    if config.validation_last_images and len(config.validation_last_images) != count:
-        yield (
-            f"validation_last_images must be as many as validation_images, {count}, got "
-            f"{len(config.validation_last_images)}"
-        )
+        why = f"{why} of a causal training without it"
+        yield ["teacher_guidance"], c.teacher_lora is not None, why
+        why = "with objective causal teaches its guidance: give teacher_guidance, as 3"
+        yield ["teacher_lora"], c.teacher_guidance > 1, why
+        why = "is of a middle, and middle is none: give middle, as salient, or leave it out"
+        yield ["remembered"], c.middle != "none", why
+        why = "does not go with objective causal, which trains chunks of films by their captions"
+        unfit = ["adapter", "sound", "images", "student_steps", "context_parallel", "part"]
+        unfit += ["sample_with", *([] if c.condition == "text" else ["condition"])]
+        yield unfit, False, f"{why}: leave it out"
+
+    # Loss, memory and validation
+    why = f"and sampled_steps {c.sampled_steps} both say where to train: give one of them"
+    yield ["noise_levels"], c.sampled_steps is None, why
+    fixing = "noise_levels" if levels else "sampled_steps"
+    why = f"says how noise levels are drawn, which {fixing} fixes: leave one out"
+    yield [*drawing, *(["shift"] if levels else [])], not c.is_given(fixing), why
+    why = f"is for weighting min_snr, got {c.weighting}: leave it out"
+    yield ["min_snr"], c.weighting == "min_snr", why
+    yield ["mask_floor"], c.masks, "is for masks: give masks, or leave it out"
+    why = (
+        "weighs a prediction, and objective distill_attention has a loss of its own: leave it out"
+    )
+    yield ["huber", "weighting", "masks"], not alone, why
+    why = "saves nothing under objective distill_attention, whose gradients stay within each"
+    yield ["gradient_checkpointing"], not alone, f"{why} attention: leave it out"
+    why = "needs gradient_checkpointing on or offload"
+    again = c.checkpoints_activations
+    yield ["checkpoint_parts"], again, f"{why}, of whose blocks the parts are"
+    why = f"{why}, which brings a block's weights back for its backward pass"
+    yield ["blocks_to_swap"], again, why
+    yield ["base"], again or not c.casts_base, why
+    yield ["validate_every"], bool(c.validation_prompts), "needs validation_prompts, got none"
+    is_film = c.condition == "control"
+    why = f"are for condition control, got {c.condition}: leave them out"
+    yield ["validation_controls"], is_film, why
+    why = "are first frames or image prompts, got condition control: leave them out"
+    yield ["validation_images"], not is_film, f"{why}, and give validation_controls"

@@ -209,15 +209,18 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"objective": "flow"}, "chunk_frames is for objective causal, got 1 with flow"),
+            ({"objective": "flow"}, "chunk_frames 1 is for objective causal, got flow"),
             ({"window": 1, "sink": 2}, "window 1 is below sink 2"),
             ({"middle": "none", "remembered": 3}, "remembered 3 is of a middle"),
-            ({"student_steps": 4}, "student_steps 4: leave it out"),
-            ({"condition": "first_frame"}, "got condition 'first_frame'"),
+            ({"student_steps": 4}, "student_steps 4 does not go with objective causal"),
+            (
+                {"condition": "first_frame"},
+                "condition first_frame does not go with objective causal",
+            ),
             ({"stages": ("17:4:riflex",)}, "begin again in each chunk .* leave riflex out"),
             ({"teacher_guidance": 3.0}, "give teacher_lora, the LoRA of a causal training"),
             ({"teacher_lora": "x"}, "give teacher_guidance, as 3"),
-            ({"part": "both"}, "got part 'both'"),
+            ({"part": "both"}, "part both does not go with objective causal"),
             ({"validation_prompts": ("0: a\n17: b",)}, "from frame 17, and its video has 17"),
         ],
     )

@@ -499,7 +499,7 @@ class TestCondition:
             ),
             (
                 {"first_frame_dropout": 0.1, "adapter": "image_prompt"},
-                "first_frame_dropout is for adapter lora",
+                "first_frame_dropout 0.1 is for adapter lora",
             ),
             (
                 {"condition": "first_frame", "last_frame_dropout": 0.1},

@@ -157,10 +157,10 @@ def test_lora_plus(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lora_kind": "lokr", "dora": True}, "dora is of lora_kind lora, got True with lokr"),
-        ({"lora_kind": "loha", "lora_plus": 2.0}, "lora_plus is of lora_kind lora"),
+        ({"lora_kind": "lokr", "dora": True}, "dora is of lora_kind lora, got lokr"),
+        ({"lora_kind": "loha", "lora_plus": 2.0}, "lora_plus 2 is of lora_kind lora"),
         ({"lora_kind": "lokr", "base": "nf4"}, "lora_kind lokr does not go onto base nf4"),
-        ({"lora_kind": "lokr", "rank": 0}, "lora_kind is of a LoRA, and rank is 0"),
+        ({"lora_kind": "lokr", "rank": 0}, "lora_kind lokr is of a LoRA, and rank is 0"),
     ],
 )
 def test_what_does_not_go_together(fields, message, tmp_path):

@@ -134,9 +134,9 @@ class TestNoiseLevels:
         ({"noise_levels": (1.2,)}, "noise_levels must be above 0 and at most 1"),
         ({"sampled_steps": 0}, "sampled_steps must be from 1 to 1000, got 0"),
         ({"noise_levels": (1.0,), "sampled_steps": 4}, "give one of them"),
-        ({"noise_levels": (1.0,), "shift": 3.0}, "shift says how noise levels are drawn"),
-        ({"sampled_steps": 4, "logit_mean": 1.0}, "logit_mean says how noise levels are drawn"),
-        ({"min_snr": 3.0}, "min_snr is for weighting min_snr, got 3 with none"),
+        ({"noise_levels": (1.0,), "shift": 3.0}, "shift 3 says how noise levels are drawn"),
+        ({"sampled_steps": 4, "logit_mean": 1.0}, "logit_mean 1 says how noise levels are drawn"),
+        ({"min_snr": 3.0}, "min_snr 3 is for weighting min_snr, got none"),
     ],
 )
 def test_refused(fields, message, tmp_path):

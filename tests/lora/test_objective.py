@@ -295,11 +295,11 @@ class TestGuidedTeacher:
         [
             ({"teacher_guidance": 0.5}, "teacher_guidance must be at least 1, got 0.5"),
             ({"teacher_guidance": math.inf}, "must be at least 1 and finite, got inf"),
-            ({"teacher_guidance": 3.0}, "teacher_guidance is for objective distill"),
-            ({"teacher_lora": "x"}, "teacher_lora is for objective distill"),
+            ({"teacher_guidance": 3.0}, "teacher_guidance 3 is for objective distill"),
+            ({"teacher_lora": "x"}, "teacher_lora x is for objective distill"),
             (
                 {"teacher_lora": "x", "objective": "distill", "adapter": "image_prompt"},
-                "got 'x' with distill of image_prompt: leave it out",
+                "teacher_lora x is for .*, got distill of image_prompt: leave it out",
             ),
             (
                 {

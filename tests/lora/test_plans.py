@@ -182,7 +182,7 @@ def test_height_and_width_are_the_first_of_sizes():
         ({"images": -0.1}, "images must be at least 0"),
         ({"shuffle_tags": -1}, "shuffle_tags must be at least 0, got -1"),
         ({"shuffle_tags": 0, "tag_orders": 0}, "tag_orders must be from 1 to 1000"),
-        ({"tag_orders": 2}, "tag_orders is for shuffle_tags, which is not given, got 2"),
+        ({"tag_orders": 2}, "tag_orders 2 is for shuffle_tags, which is not given"),
         ({"repeats": ("3",)}, "as people/.*=3, PATTERN=NUMBER each, got '3'"),
         ({"trigger": " "}, "trigger must hold a word, got ' ': leave it out for none"),
         ({"default_caption": ""}, "default_caption must hold a word, got ''"),

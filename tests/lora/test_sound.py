@@ -330,8 +330,8 @@ def test_two_steps_a_resume_and_the_layers_of_sound(clips, tmp_path):
     [
         ({"fps": None}, "sound needs fps"),
         ({"adapter": "image_prompt"}, "sound is for adapter lora, got image_prompt"),
-        ({"images": 0.5}, "sound is of films, got images 0.5"),
-        ({"objective": "distill", "student_steps": 4}, "sound is not for student_steps, got 4"),
+        ({"images": 0.5}, "images 0.5 does not go with sound, of films"),
+        ({"objective": "distill", "student_steps": 4}, "student_steps 4 does not go with sound"),
     ],
 )
 def test_fields_that_do_not_go_together(fields, message):

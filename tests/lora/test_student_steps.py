@@ -74,14 +74,20 @@ class TestLevels:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"objective": "flow"}, "student_steps is for objective distill"),
-            ({"teacher_steps": 7}, "must be a multiple of student_steps 2, as 6, got 7"),
-            ({"noise_levels": (1.0,)}, "each of student_steps 2 begins, got 1"),
-            ({"sampled_steps": 2}, "which student_steps does, got 2: leave it out"),
+            ({"objective": "flow"}, "student_steps 2 is for objective distill"),
+            ({"teacher_steps": 7}, "teacher_steps 7 must be a multiple of student_steps 2, as 6"),
+            (
+                {"noise_levels": (1.0,)},
+                "are the noise at which each of student_steps 2 begins: give",
+            ),
+            (
+                {"sampled_steps": 2},
+                "sampled_steps 2 says .* which student_steps does: leave it out",
+            ),
             ({"masks": True}, "starts own begins with none: leave them out"),
-            ({"weighting": "cosmap"}, "which student_steps does, got 'cosmap'"),
+            ({"weighting": "cosmap"}, "weighting cosmap says .* which student_steps does"),
             ({"student_steps": None, "starts": "data"}, "give student_steps, as 4"),
-            ({"teacher_settings": ("block=4",)}, "are of a teacher_method, and none"),
+            ({"teacher_settings": ("block=4",)}, "is of a teacher_method, and none"),
         ],
     )
     def test_fields_that_do_not_go_together(self, wrong, message):

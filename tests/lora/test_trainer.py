@@ -272,7 +272,7 @@ class TestValidation:
         assert rules == [("riflex", {"frames": 5, "trained": 2})] * 4
 
     def test_it_needs_prompts(self, tmp_path):
-        with pytest.raises(ValueError, match="validate_every needs validation_prompts"):
+        with pytest.raises(ValueError, match=r"validate_every .* needs validation_prompts"):
             self.given(tmp_path, validate_every=1)
 
 
