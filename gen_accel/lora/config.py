@@ -1185,9 +1185,7 @@ def _rules(c: TrainConfig) -> Iterator[tuple[Sequence[str], bool, str]]:
     why = f"is for weighting min_snr, got {c.weighting}: leave it out"
     yield ["min_snr"], c.weighting == "min_snr", why
     yield ["mask_floor"], c.masks, "is for masks: give masks, or leave it out"
-    why = (
-        "weighs a prediction, and objective distill_attention has a loss of its own: leave it out"
-    )
+    why = "does not go with objective distill_attention, which has a loss of its own: leave it out"
     yield ["huber", "weighting", "masks"], not alone, why
     why = "saves nothing under objective distill_attention, whose gradients stay within each"
     yield ["gradient_checkpointing"], not alone, f"{why} attention: leave it out"

@@ -217,7 +217,7 @@ class TestHeldToTheirClips:
             ({"masks": True, "mask_floor": 1.5}, "mask_floor must be from 0 to 1"),
             (
                 ft.IMAGES | {"masks": True, "objective": "distill_attention"},
-                "objective distill_attention has none: leave masks out",
+                "masks does not go with objective distill_attention, which has",
             ),
         ],
     )
