@@ -9,89 +9,31 @@ A clip that is there is not made again.
 """
 
 import argparse
-import json
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from few_steps import DOCS, SEED, SIZE, score
-from kept import clip_file, keep_clip, kept_clip
-from longer_videos import STEADY, held_out, strays
+from few_steps import DOCS, SIZE
 from pages import RESULTS, machine, read_result, right, spread, write_table
-from rich.progress import track
+from quality import STEADY, Row, Suite, made
 from study import longer
 
-import gen_accel
-from gen_accel import Dense, Piecewise, Schedule
+from gen_accel import Dense, Piecewise
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
-from gen_accel.demo import words, world
-from gen_accel.demo.detector import detect
+from gen_accel.demo import words
 from gen_accel.demo.job import lora_path
-from gen_accel.measure import psnr, write_json
+from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
-from gen_accel.method import Method
-from gen_accel.pipelines.generation.loading import Loading, load
-from gen_accel.pipelines.generation.sampling import Clip, filled, sample
-from gen_accel.pipelines.long_video.rope import apply_recipe
 from gen_accel.pipelines.sampler import equal_steps
 
-SCENES = (*world.scored_scenes(world.HELD_OUT), *world.UNSEEN)
 SHAPES = {*words.SHAPES}
-TEACHER = "teacher"
+CLIPS, SEED = 48, 7000
+TEACHER, STUDENT = "teacher", "student"
+EIGHT = "8 steps, with the student"
 LONG_SHIFT = 22.0  # of the fresh noise that the LoRA for longer videos is sampled with
-Row = dict[str, Any]
-
-
-class Run(NamedTuple):
-    """How clips are made.
-
-    Args:
-        beside: run whose clips its own are compared with.
-        share: of the student's steps, 3 for as many as its teacher takes by default.
-    """
-
-    with_lora: bool
-    method: Method
-    schedule: Schedule | None = None
-    guided: bool = False
-    share: int = 1
-    beside: str = TEACHER
-
-
-STUDENT = "student"
-RUNS = {
-    TEACHER: Run(False, Dense(), guided=True, share=3),
-    "guided, without the LoRA": Run(False, Dense(), guided=True),
-    "unguided, without the LoRA": Run(False, Dense()),
-    STUDENT: Run(True, Dense()),
-    "student, Piecewise(0.2)": Run(True, Piecewise(0.2), beside=STUDENT),
-    "student, Piecewise(0.2), second step dense": Run(
-        True, Piecewise(0.2), Schedule(dense=(1,)), beside=STUDENT
-    ),
-}
-
-
-class LongRun(NamedTuple):
-    """How clips of the demo's length are made, without guidance, sparse in all steps.
-
-    Args:
-        with_student: its LoRA is added to the one for longer videos.
-        steps: 4 as the student was trained, more with fresh noise, as the other LoRA is sampled.
-    """
-
-    with_student: bool
-    steps: int
-
-
-LONG_RUNS = {
-    "8 steps, with the student": LongRun(True, 8),
-    "4 steps, with the student": LongRun(True, 4),
-    "8 steps, without it": LongRun(False, 8),
-}
+SIZES = {"height": SIZE, "width": SIZE, "max_tokens": 16, "dense_start": 0.0}
 
 
 def main() -> None:
@@ -110,113 +52,70 @@ def main() -> None:
     if recipe is None or recipe.sampler is None:
         parser.error(f"a LoRA that was trained with student_steps, got {args.lora}")
     kept = ("frames", "levels", "steps", "stages", "rank", "method", "teacher_guidance", "batch")
-    report = environment() | {name: getattr(recipe, name) for name in kept} | {"runs": {}}
-    make, name = (long_runs, "student_long") if args.long else (runs, "student_steps")
-    for title, rows in make(args.lora, recipe, args.work):
-        report["runs"][title] = rows
-        write_json(RESULTS / f"{name}.json", report)
+    about = environment() | {name: getattr(recipe, name) for name in kept}
+    found: dict[str, list[Row]] = {}
+    make, name = (long_suite, "student_long") if args.long else (short_suite, "student_steps")
+    warnings.simplefilter("ignore")
+    suite = make(args.lora, recipe)
+    for title, rows in made(suite, args.work / name):
+        guided = (suite.fields | suite.settings[title])["guidance_scale"] > 1
+        calls = steps_of(suite, title) * (1 + guided)
+        found[title] = [row | {"calls": calls} for row in rows]
+        write_json(RESULTS / f"{name}.json", about | {"runs": found})
 
 
-def runs(lora: str, recipe: Recipe, work: Path) -> Iterator[tuple[str, list[Row]]]:
-    """Yield each of `RUNS` and its rows, one a prompt."""
-    for name, run in RUNS.items():
-        loras = [lora] if run.with_lora else []
-        rows = clips(work / _named(name), loras, recipe, run)
-        yield name, _compared(rows, work, name, run.beside)
+def steps_of(suite: Suite, title: str) -> int:
+    """Number of denoising steps of a setting."""
+    fields = suite.fields | suite.settings[title]
+    return len(fields["levels"]) if fields.get("levels") else fields["steps"]
 
 
-def long_runs(lora: str, recipe: Recipe, work: Path) -> Iterator[tuple[str, list[Row]]]:
-    """Yield each of `LONG_RUNS` and its rows, of the prompts and seeds that the LoRA for longer
-    videos was scored by."""
-    own, scenes = read_recipe(lora_path(guided=True)), [*held_out()] * 2
-    for name, run in LONG_RUNS.items():
-        loras = [str(lora_path(guided=True)), *([lora] if run.with_student else [])]
-        as_trained = run.steps == len(recipe.levels)
-        sampled: dict[str, Any] = (
-            {"levels": recipe.levels} if as_trained else {"shift": LONG_SHIFT}
-        )
-        sampler = "euler" if as_trained else "lcm"
-        clip = Clip(
-            frames=own.frames, steps=run.steps, guidance_scale=1.0, sampler=sampler, **sampled
-        )
-        attached = Run(True, own.build_method())
-        yield name, _made(work / _named(name), loras, own, attached, clip, scenes, 0)
+def short_suite(lora: str, recipe: Recipe) -> Suite:
+    """Clips of the length that a student was trained at: its own, its teacher's, and the model's
+    without it."""
+    count, last = len(recipe.levels), recipe.levels[-1]  # of equal steps, shifted
+    shift = last * (count - 1) / (1 - last)
+    fields: dict[str, Any] = {**SIZES, "frames": recipe.frames, "sampler": "euler"}
+    guided = {"guidance_scale": recipe.teacher_guidance}
+    few, many = ({"levels": equal_steps(n * count, shift)} for n in (1, 3))  # 3 as taught
+    own = {**few, "loras": (lora,), "beside": STUDENT}
+    sparse = {mean: own | {"method": Piecewise(mean)} for mean in (0.2, 0.1)}
+    second = {"dense_at": (1,)}
+    settings = {
+        TEACHER: many | guided,
+        "guided, without the LoRA": few | guided,
+        "unguided, without the LoRA": few,
+        STUDENT: own | {"beside": TEACHER},
+        **{f"student, Piecewise({mean})": one for mean, one in sparse.items()},
+        **{f"student, Piecewise({m}), second step dense": x | second for m, x in sparse.items()},
+    }
+    fields |= {"guidance_scale": 1.0, "method": Dense()}
+    return Suite("held_out", CLIPS, SEED, fields, settings, beside=TEACHER)
 
 
-def clips(place: Path, loras: list[str], recipe: Recipe, run: Run) -> list[Row]:
-    """Rows of a run at the length that a student was trained at."""
-    steps, last = run.share * len(recipe.levels), recipe.levels[-1]  # of equal steps, shifted
-    clip = Clip(
-        frames=recipe.frames,
-        steps=steps,
-        sampler="euler",
-        levels=equal_steps(steps, last * (len(recipe.levels) - 1) / (1 - last)),
-        guidance_scale=recipe.teacher_guidance if run.guided else 1.0,
-    )
-    return _made(place, loras, recipe, run, clip, SCENES, SEED)
-
-
-def _made(
-    place: Path,
-    loras: list[str],
-    recipe: Recipe,
-    run: Run,
-    clip: Clip,
-    scenes: Sequence[world.Scene],
-    seed: int,
-) -> list[Row]:
-    """Make what is not there of the clips of one run, and score them.
-
-    Args:
-        recipe: of the LoRA whose rule on positions counts.
-        clip: without size and seed.
-        seed: of the first clip.
-    """
-    pipe, rows = load("demo", Loading(device="cpu", loras=tuple(loras))), []
-    if loras:
-        pipe.fuse_lora()
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(apply_recipe(recipe, pipe.transformer, pipe))
-        handle = stack.enter_context(gen_accel.attach(pipe, run.method, schedule=run.schedule))
-        for i, scene in enumerate(track(scenes, place.name)):
-            row_file = place / f"{i:02d}.json"
-            if not (row_file.exists() and clip_file(place, i).exists()):
-                own = clip.replaced(height=SIZE, width=SIZE, max_tokens=16, seed=seed + i)
-                start = time.process_time()
-                made = sample(pipe, scene.caption, filled(pipe, own))
-                row: Row = {"seconds": time.process_time() - start}
-                assert clip.steps is not None
-                row["calls"] = clip.steps * (2 if run.guided else 1)
-                row["density"] = 1.0 if run.method.is_dense else handle.summary().density
-                keep_clip(place, i, made.video)
-                write_json(row_file, row)
-            row, video = json.loads(row_file.read_text("utf-8")), kept_clip(place, i)
-            seen = detect(video)
-            row |= {"right": score(seen, scene).right, "shows": seen.caption}
-            row["steady"] = row["right"] and strays(video, scene) <= STEADY
-            rows.append({"prompt": scene.caption, "seed": seed + i} | row)
-    return rows
-
-
-def _compared(rows: list[Row], work: Path, name: str, beside: str) -> list[Row]:
-    """Add the PSNR to another run's clips to rows, unless the run is that one."""
-    if name == beside:
-        return rows
-    places = work / _named(name), work / _named(beside)
-    pairs = ((kept_clip(place, i) for place in places) for i in range(len(rows)))
-    return [row | {"psnr_db": psnr(*pair)} for row, pair in zip(rows, pairs, strict=True)]
-
-
-def _named(title: str) -> str:
-    return title.replace(" ", "_").replace(",", "")
+def long_suite(lora: str, recipe: Recipe) -> Suite:
+    """Clips of the demo's length, of the prompts and seeds that the LoRA for longer videos was
+    scored by: that LoRA with the student or without, unguided and sparse in all steps. As many
+    steps as the student was trained for are as it was taught; more have fresh noise, as the LoRA
+    for longer videos is sampled."""
+    own = read_recipe(lora_path(guided=True))
+    fields = {**SIZES, "frames": own.frames, "guidance_scale": 1.0, "method": own.build_method()}
+    fields |= {"extend": (own.rope,)}
+    loras = (str(lora_path(guided=True)),)
+    taught = {"sampler": "euler", "levels": recipe.levels}
+    fresh = {"sampler": "lcm", "shift": LONG_SHIFT, "steps": 8}
+    settings = {
+        EIGHT: fresh | {"loras": (*loras, lora)},
+        "4 steps, with the student": taught | {"loras": (*loras, lora)},
+        "8 steps, without it": fresh | {"loras": loras},
+    }
+    return Suite("held_out", CLIPS, 0, fields, settings, beside=EIGHT)
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Rows of the table of `RUNS`."""
+    """Rows of the table of `short_suite`."""
     lines = [
-        f"{len(report['runs'][TEACHER])} prompts that the LoRA never saw, one seed each, "
+        f"{len(report['runs'][TEACHER])} clips of prompts that the LoRA never saw, "
         f"{report['frames']} frames; "
         f"{machine(report)}. The student: rank {report['rank']}, {report['steps']} steps of "
         f"{report['batch']} clips, {len(report['levels'])} steps a video. PSNR to the teacher's "
@@ -231,7 +130,7 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def table_of_long(report: dict[str, Any]) -> list[str]:
-    """Rows of the table of `LONG_RUNS`, the LoRA in 20 guided steps above them."""
+    """Rows of the table of `long_suite`, the LoRA in 20 guided steps above them."""
     scored = longer.demo_clips()
     lines = [
         f"The demo's LoRA for longer videos, {read_recipe(lora_path(guided=True)).frames} frames; "
@@ -253,13 +152,12 @@ def table_of_long(report: dict[str, Any]) -> list[str]:
         steady = f"{sum(one['steady'] for one in found)} of {len(found)}"
         told = (name, found[0]["calls"], right(found), steady, f"{sum(kept)} of {len(kept)}")
         lines.append(f"| {' | '.join(map(str, told))} |")
-    wrong = [one for one in report["runs"][next(iter(LONG_RUNS))] if not one["right"]]
+    wrong = [one for one in report["runs"][EIGHT] if not one["right"]]
     shapes = sum(not {*one["prompt"].split()} & {*one["shows"].split()} & SHAPES for one in wrong)
     return [
         *lines,
         "",
-        f"Of the {len(wrong)} wrong clips of {next(iter(LONG_RUNS))}, {shapes} have another shape "
-        "or none.",
+        f"Of the {len(wrong)} wrong clips of {EIGHT}, {shapes} have another shape or none.",
     ]
 
 
