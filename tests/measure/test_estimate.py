@@ -474,7 +474,6 @@ def test_what_is_left_out_is_said():
     assert "not counted: the timestep of each token" in str(
         estimate("Wan2.2-TI2V-5B", Dense(), **size)
     )
-    assert "the history" in str(estimate("framepack", Dense(), **size))
 
 
 def test_a_family_without_published_sizes_asks_for_a_folder():

@@ -539,7 +539,7 @@ class PlanRunner(kernels.Runner):
             clock = handle.passing.clock
             plan = adjusted(plan, handle.extensions, self._video, clock.step, clock.steps)
         if run.tokens.past and self._video.frames == run.tokens.video.frames:
-            plan = _asked(plan, run.tokens)
+            plan = asked(plan, run.tokens)
         # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
         check, kind = None, q.device.type
         if kind not in ("cpu", "mps") if handle.self_check is None else handle.self_check:
@@ -561,7 +561,7 @@ class PlanRunner(kernels.Runner):
         return out
 
 
-def _asked(plan: Plan, tokens: Tokens) -> Plan:
+def asked(plan: Plan, tokens: Tokens) -> Plan:
     """Leave out the rows of a plan that hold no queries. A static plan is changed once."""
 
     def made() -> Plan:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families.base import (
+    Config,
     Generation,
     Given,
+    Pass,
     PipelineInputs,
     PublishedModel,
     argument_names,
@@ -32,7 +35,7 @@ def _in_chunks(pipe: Model, frames: int, given: Given) -> tuple[Given, int]:
     """Chunks as long as those that the model was trained on, of which the first is shorter. Where
     a video is given, a chunk ends with it."""
     own, step = [*pipe.transformer.config.chunk_partition], pipe.vae_scale_factor_temporal
-    first, each = own[0], max(own)
+    first = own[0]
     latents, video = (frames - 1) // step + 1, given.get("video")
     if given.get("chunk_partition") is not None:
         return {}, frames
@@ -42,10 +45,46 @@ def _in_chunks(pipe: Model, frames: int, given: Given) -> tuple[Given, int]:
             "for more"
         )
     past = first if video is None else (video.shape[1] - 1) // step + 1
+    chunks = _chunks(own, latents, past)
+    return {} if chunks == own else {"chunk_partition": chunks}, frames
+
+
+def _chunks(own: list[int], latents: int, past: int) -> list[int]:
+    """Frames of the chunks of a clip of which so many latents are given, one chunk at least."""
+    first, each = own[0], max(own)
     if latents == sum(own) and past in accumulate(own):
-        return {}, frames
+        return own
     ends = [*range(first, past, each), *range(past, latents, each), latents]
-    return {"chunk_partition": [end - begin for begin, end in pairwise([0, *ends])]}, frames
+    return [end - begin for begin, end in pairwise([0, *ends])]
+
+
+def _passes(config: Config, clip: VideoShape, steps: int) -> list[Pass]:
+    """Steps of each chunk, and one pass into the cache over all chunks that are done. As a query
+    sees its own chunk and those before it there, `history` brings the keys to their mean."""
+    own, limit, sides = [*config.chunk_partition], config.full_chunk_limit, clip.grid[1:]
+    chunks, frame = _chunks(own, clip.frames, own[0]), clip.height * clip.width
+    coarse = prod(
+        n * fine // wide
+        for n, fine, wide in zip(
+            sides, config.patch_size[1:], config.compressed_patch_size[1:], strict=True
+        )
+    )
+    longest = max(chunks)
+    cached = longest * (limit * frame + max(0, len(chunks) - limit + 1) * coarse)
+    found = []
+    for done, chunk in enumerate(chunks):
+        old = max(0, 1 + done - limit)
+        past, noisy = sum(chunks[old:done]), chunk * frame
+        lengths = {"noisy": noisy, "history": sum(chunks[:old]) * coarse + -noisy % _BLOCK}
+        found.append(Pass(steps, VideoShape(past + chunk, *sides), lengths, past, cached))
+    for done in range(1, len(chunks)):
+        old = max(0, done + 1 - limit)
+        runs = [n * (coarse if i < old else frame) for i, n in enumerate(chunks[:done])]
+        pairs = sum(n * seen for n, seen in zip(runs, accumulate(runs), strict=True))
+        video = VideoShape(sum(chunks[:done]), *sides)
+        lengths = {"noisy": sum(runs), "history": pairs / sum(runs) - video.tokens}
+        found.append(Pass(1, video, lengths, cached=cached, is_dense=True))
+    return found
 
 
 class AnyFlow(WanBlocks):
@@ -54,7 +93,7 @@ class AnyFlow(WanBlocks):
 
     models = "AnyFlow"
     image_prompts = replace(WanBlocks.image_prompts, guidance="batched")
-    generation = Generation(axes="fchw", autoencoder="AutoencoderKLWan")
+    generation = Generation(axes="fchw", autoencoder="AutoencoderKLWan", distilled=True)
     presets = {
         "AnyFlow-Wan2.1-T2V-14B": PublishedModel(14.3),
     }
@@ -93,6 +132,7 @@ class AnyFlowFAR(AnyFlow):
             by="in_tensor",
             model="nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers",
             length=_in_chunks,
+            passes=_passes,
         )
     }
 
@@ -127,7 +167,7 @@ class AnyFlowFAR(AnyFlow):
             beside="history",
             pairs={f"blocks.{i}": seen for i in blocks},
             default="noisy",
-            uncounted="the coarse history of old chunks, and what fills the cache",
+            uncounted="what fills up a chunk's queries to a multiple of 128",
         )
 
     def no_frames(self, transformer: Model, given: Given) -> str:

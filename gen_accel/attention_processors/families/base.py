@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from gen_accel.attention_processors.families.latents import (
     unguided,
     unscaled,
 )
-from gen_accel.attention_processors.families.layers import Cost, Flops, Layers
+from gen_accel.attention_processors.families.layers import Cost, Flops, Layers, Lengths
 from gen_accel.attention_processors.families.rotary import (
     Like,
     Table,
@@ -63,6 +63,8 @@ Config = Any
 Entries = Mapping[str, Any]
 # (pipeline, frames asked for, its own arguments): arguments for that length, and frames made
 Length = Callable[[Any, int, Given], tuple[Given, int]]
+# (transformer's config, the grid of a clip, steps): forward passes that make the clip
+Passes = Callable[[Config, VideoShape, int], "list[Pass]"]
 # (transformer's config, pipeline's index, kinds): why these weights cannot, "" if they can
 Fits = Callable[[Entries, Entries, Collection[str]], str]
 
@@ -230,6 +232,26 @@ class ImagePrompts:
     by_sample: bool = False
 
 
+class Pass(NamedTuple):
+    """A forward pass that a clip is made by, and how often it runs.
+
+    Args:
+        times: in all steps together, guidance aside.
+        video: the grid that attends.
+        lengths: of other tokens, by the kinds of `Layers`.
+        past: number of the grid's first frames that are keys alone, from a cache.
+        cached: tokens whose keys and values each layer keeps meanwhile.
+        is_dense: no method runs in it.
+    """
+
+    times: float
+    video: VideoShape
+    lengths: Lengths = {}
+    past: int = 0
+    cached: int = 0
+    is_dense: bool = False
+
+
 @dataclass(frozen=True)
 class PublishedModel:
     """A published model.
@@ -240,6 +262,7 @@ class PublishedModel:
         temporal: frames in a latent, if the family's sizes have none.
         transformers: how many experts of this config the pipeline has.
         vae: entries of its autoencoder's config that differ from the defaults.
+        pipeline: class of its pipeline, if it is not the family's first.
     """
 
     billions: float
@@ -247,6 +270,7 @@ class PublishedModel:
     temporal: int | None = None
     transformers: int = 1
     vae: Entries = field(default_factory=dict)
+    pipeline: str = ""
 
 
 def _any_weights(config: Given, index: Given, asked: Collection[str]) -> str:
@@ -279,6 +303,36 @@ def in_sections(latents: str, more: int = 0) -> Length:
     return made
 
 
+def _at_once(config: Config, clip: VideoShape, steps: int) -> list[Pass]:
+    return [Pass(steps, clip)]
+
+
+def behind_history(latents: int, scales: Sequence[int] = (1,), **beside: int) -> Passes:
+    """Passes of sections of so many latent frames, each behind 20 frames of history: 2 whole, 2
+    in patches of twice the size and 16 in patches of four times. Four frames are a latent.
+
+    Args:
+        scales: divisors of height and width, in turn, for equal shares of the steps.
+        beside: lengths of other tokens.
+    """
+
+    def passes(config: Config, clip: VideoShape, steps: int) -> list[Pass]:
+        _, height, width = clip.grid
+        count = -(-(4 * clip.frames - 3) // (4 * latents - 3))
+        patches = ((2, 1), (1, 2), (4, 4))  # frames and side
+        history = sum(n * -(-height // side) * -(-width // side) for n, side in patches)
+        return [
+            Pass(
+                count * steps / len(scales),
+                VideoShape(latents, max(1, height // scale), max(1, width // scale)),
+                {"history": history, **beside},
+            )
+            for scale in scales
+        ]
+
+    return passes
+
+
 @dataclass(frozen=True)
 class PipelineInputs:
     """Inputs that the pipelines of one class make a video from.
@@ -306,6 +360,7 @@ class PipelineInputs:
         joins: decodes by itself, as its latents alone do not hold its whole video.
         length: of what is made, and the arguments that it asks for, see `Length`; ValueError for
             one that cannot be made.
+        passes: that make a clip without given frames but a first one, with default arguments.
     """
 
     weights: str
@@ -326,6 +381,7 @@ class PipelineInputs:
     multiple: int = 16
     joins: bool = False
     length: Length = _as_asked
+    passes: Passes = _at_once
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -734,7 +790,7 @@ class Family:
         """The tokens that pass its layers, for FLOPs."""
         return Layers({}, {})
 
-    def cost(self, transformer: Model) -> Callable[[VideoShape, Mapping[str, int]], Flops]:
+    def cost(self, transformer: Model) -> Callable[[VideoShape, Lengths], Flops]:
         """(video, lengths of other tokens) to the FLOPs of one call for one sample."""
         sites = self.self_attentions(transformer)
         return Cost(transformer, self.layers(transformer), sites, self.kind == "frames")

@@ -31,6 +31,7 @@ from gen_accel.attention_processors.families.base import (
     PublishedModel,
     Sizes,
     Training,
+    behind_history,
     in_sections,
 )
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, in_place, text_device
@@ -442,6 +443,7 @@ class FramePack(HunyuanBlocks):
             last_image="last_image",
             model="lllyasviel/FramePackI2V_HY",
             length=in_sections("latent_window_size", more=1),
+            passes=behind_history(9, image=_IMAGE),
         ),
     }
 
@@ -460,7 +462,6 @@ class FramePack(HunyuanBlocks):
                 r"refiner_blocks.*attn\.to_q$": ("text", "text"),
             },
             beside="text + image + history",
-            uncounted="the history of earlier sections and the features of the image",
         )
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:

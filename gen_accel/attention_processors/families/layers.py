@@ -23,6 +23,7 @@ from gen_accel.video import VideoShape
 Found = TypeVar("Found")
 Default = TypeVar("Default")
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+Lengths = Mapping[str, float]  # numbers of tokens by kind
 
 
 class Layers(NamedTuple):
@@ -114,7 +115,7 @@ class Cost:
             usual = apart if frames_apart else (together, together)
             self.grid[layers.pairs.get(site.name, usual)] += site.heads * site.dim
 
-    def __call__(self, video: VideoShape, lengths: Mapping[str, int]) -> Flops:
+    def __call__(self, video: VideoShape, lengths: Lengths) -> Flops:
         """
         Args:
             video: its grid counts.
@@ -122,7 +123,7 @@ class Cost:
         """
         pixels = video.height * video.width
         known = {"one": 1, "frames": video.frames, "pixels": pixels, "noisy": video.video_tokens}
-        known |= {**self.lengths, **lengths, "video": video.video_tokens}
+        known = {**known, **self.lengths, **lengths, "video": video.video_tokens}
 
         def attention(pairs: Mapping[tuple[str, str], int]) -> float:
             return sum(
@@ -138,7 +139,7 @@ def _first(table: Mapping[str, Found], name: str, default: Default) -> Found | D
     return next((found for pattern, found in table.items() if re.search(pattern, name)), default)
 
 
-def _count(expression: str, known: Mapping[str, int]) -> int:
+def _count(expression: str, known: Lengths) -> float:
     return sum(
         prod(known.get(kind.strip(), 0) for kind in term.split("*"))
         for term in expression.split("+")

@@ -4,7 +4,7 @@ A UNet whose levels attend over smaller and smaller grids, each in raster order;
 cross-attention. Transformer blocks are counted as they run: down, in the middle, and up again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from gen_accel.attention_processors.families.base import (
     PipelineInputs,
     Sizes,
 )
-from gen_accel.attention_processors.families.layers import Flops
+from gen_accel.attention_processors.families.layers import Flops, Lengths
 from gen_accel.attention_processors.families.sites import (
     ImageAttention,
     Model,
@@ -146,10 +146,10 @@ class AnimateDiff(StableDiffusion):
         "PIAPipeline": PipelineInputs("pia", text=False, image="image"),
     }
 
-    def cost(self, transformer: Model) -> Callable[[VideoShape, Mapping[str, int]], Flops]:
+    def cost(self, transformer: Model) -> Callable[[VideoShape, Lengths], Flops]:
         return partial(self._count, transformer)
 
-    def _count(self, transformer: Model, video: VideoShape, lengths: Mapping[str, int]) -> Flops:
+    def _count(self, transformer: Model, video: VideoShape, lengths: Lengths) -> Flops:
         """Count FLOPs in a forward pass without values, as convolutions and levels differ in
         size."""
         with torch.device("meta"):
@@ -157,7 +157,7 @@ class AnimateDiff(StableDiffusion):
                 transformer = transformer.from_config(transformer.config)
             config, frames = transformer.config, video.frames
             latents = torch.zeros(1, config.in_channels, *video.grid)
-            text = torch.zeros(frames, lengths["text"], config.cross_attention_dim)
+            text = torch.zeros(frames, int(lengths["text"]), config.cross_attention_dim)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 transformer(latents, torch.tensor(1.0), text)
         attention = 0.0

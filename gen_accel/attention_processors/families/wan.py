@@ -25,10 +25,12 @@ from gen_accel.attention_processors.families.base import (
     Given,
     ImagePrompts,
     OriginalLayer,
+    Pass,
     PipelineInputs,
     PublishedModel,
     Sizes,
     Training,
+    behind_history,
     in_sections,
     takes_frames,
 )
@@ -553,6 +555,14 @@ def _overlapping(pipe: Model, frames: int, given: Given) -> tuple[Given, int]:
     return {"overlap_history": OVERLAP} if is_long else {}, frames
 
 
+def _windows(config: Config, clip: VideoShape, steps: int) -> list[Pass]:
+    """Windows of diffusion forcing, each from the end of the one before; the last may be short."""
+    window, overlap = (_WINDOW + 3) // 4, (OVERLAP + 3) // 4
+    starts = range(0, max(1, clip.frames - overlap), window - overlap)
+    lengths = [min(window, clip.frames - start) for start in starts]
+    return [Pass(steps, VideoShape(n, clip.height, clip.width)) for n in lengths]
+
+
 class SkyReels(WanTrained):
     """Tokens are those of Wan. Diffusion forcing gives each frame a timestep of its own, (B,
     frames); in causal blocks (`num_frame_per_block` above 1) it also hides later frames by a mask,
@@ -576,6 +586,7 @@ class SkyReels(WanTrained):
                 "ffn_dim": 8960,
                 "inject_sample_info": True,
             },
+            pipeline="SkyReelsV2DiffusionForcingPipeline",
         ),
     }
     pipelines = {
@@ -591,7 +602,7 @@ class SkyReels(WanTrained):
             model="Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
         ),
         "SkyReelsV2DiffusionForcingPipeline": PipelineInputs(
-            "skyreels df", model=_FORCING, length=_overlapping
+            "skyreels df", model=_FORCING, length=_overlapping, passes=_windows
         ),
         "SkyReelsV2DiffusionForcingImageToVideoPipeline": PipelineInputs(
             "skyreels df",
@@ -601,6 +612,7 @@ class SkyReels(WanTrained):
             joins=True,
             model=_FORCING,
             length=_overlapping,
+            passes=_windows,
         ),
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline": PipelineInputs(
             "skyreels df",
@@ -720,17 +732,28 @@ class Helios(WanBlocks):
     presets = {"Helios-Base": PublishedModel(14.3)}
     pipelines = {
         "HeliosPipeline": PipelineInputs(
-            "helios", image="image", video="video", role="prolonged", length=_CHUNKS
+            "helios",
+            image="image",
+            video="video",
+            role="prolonged",
+            length=_CHUNKS,
+            passes=behind_history(9),
         ),
         "HeliosPyramidPipeline": PipelineInputs(
-            "helios pyramid", image="image", video="video", role="prolonged", length=_CHUNKS
+            "helios pyramid",
+            image="image",
+            video="video",
+            role="prolonged",
+            length=_CHUNKS,
+            passes=behind_history(9, scales=(4, 2, 1)),
         ),
     }
 
     def layers(self, transformer: Model) -> Layers:
         rows = {r"patch_(short|mid|long)": "none", r"attn1\.|ffn\.": "video + history"}
-        uncounted = "the history of earlier chunks"
-        return CROSS.with_first(rows)._replace(beside="history", uncounted=uncounted)
+        tells = "video" if transformer.config.guidance_cross_attn else "video + history"
+        asks = {r"attn2\.to_q$": (tells, "text")}
+        return CROSS.with_first(rows, asks)._replace(beside="history")
 
     def _beside(self, transformer: Model, given: Given) -> int:
         """Number of tokens of the history, whose coarser patches are padded to whole ones."""

@@ -13,7 +13,8 @@ kernel computes, with padding and the cost of a pooled rest. `efficiency` is the
 the ideal 1 / computed density: how much faster than dense attention the kernel is on this device,
 times its computed density. It is measured once for a device and kept.
 
-A method with a memory is also dense at the steps in which it learns.
+A method with a memory is also dense at the steps in which it learns. A clip that is made chunk
+after chunk is the sum of the forward passes of its chunks, each with the history that it sees.
 
 FLOPs are counted as `families.layers` says: linear layers, convolutions and the products of all
 attention. Not counted: norms, activations, rotary embeddings, the text encoder, the autoencoder,
@@ -23,16 +24,20 @@ The speed-up is of the denoising alone.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from gen_accel.attention_processors.attached.layer import asked
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.attention_processors.attached.step_state import StateBytes, state_bytes
+from gen_accel.attention_processors.families.base import Pass
+from gen_accel.attention_processors.families.layers import Flops
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
+from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.measure.cost.model import Source, Subject, subject_of
 from gen_accel.measure.cost.rates import known_efficiency
 from gen_accel.memory import in_words
@@ -63,9 +68,13 @@ class Estimate:
         attention_flops, sparse_attention_flops: of all self-attention in one step, all its calls,
             with every layer dense and with every layer sparse.
         step_flops: of the whole transformer in one dense step, all its calls.
-        calls: of the transformer in a step, one where guidance is distilled.
+        calls: of the transformer in a step, one where guidance is distilled; of a clip that is
+            made in chunks, for each of them.
+        passes: calls in all steps, guidance aside.
+        pass_tokens: tokens that attend in one of them, at most.
         sparse_share: share of the (layer, step) pairs that the schedule leaves sparse and in which
-            no method learns.
+            no method learns; of clips that are made in chunks without the attention of passes that
+            only fill a cache.
         memory: bytes that a method keeps from step to step, on the model's device and on the host,
             for all calls of one sample in `dtype`; None: nothing.
         efficiency: achieved share of the ideal 1 / computed density; `efficiency_from` names its
@@ -100,6 +109,8 @@ class Estimate:
     memory: StateBytes | None = None
     dtype: torch.dtype | None = None
     calls: int = CALLS
+    passes: int
+    pass_tokens: int
 
     @property
     def tokens(self) -> int:
@@ -135,6 +146,8 @@ class Estimate:
             "sparsity": 1 - self.density,
             "computed_density": self.computed_density,
             "calls_per_step": self.calls,
+            "passes": self.passes,
+            "tokens_per_pass": self.pass_tokens,
             "attention_flops_per_step": self.attention_flops,
             "sparse_attention_flops_per_step": self.sparse_attention_flops,
             "flops_per_step": self.step_flops,
@@ -162,6 +175,11 @@ class Estimate:
             f"{self.model}, {self.num_frames} frames of {self.height} x {self.width}: "
             f"{self.video} = {self.tokens} tokens"
         )
+        if self.passes != self.steps:
+            yield (
+                f"made chunk after chunk: {self.passes} calls of the model in all steps, guidance "
+                f"aside, each of at most {self.pass_tokens} tokens with what the chunk sees"
+            )
         yield f"{brief(self.method)}, {brief(self.schedule)}, {self.steps} steps"
         yield (
             f"density {self.density:.3f} (sparsity {1 - self.density:.3f}), "
@@ -262,8 +280,8 @@ def estimate(
     schedule.check_layers(subject.blocks)
     check_named(f"layers of {type(method).__name__}", method.named_layers, subject.blocks)
     grid = subject.grid(height, width, num_frames)
-    sparse_share, kinds = _sparse(subject, schedule, steps, method)
-    density, computed, plan = _densities(kinds, subject.seen(grid))  # before a measurement
+    of_method, kinds = _sparse(subject, schedule, steps, method)
+    density, computed, plan = _densities(kinds, subject, grid, steps)  # before a measurement
 
     reached, source = 1.0, OWN_ATTENTION
     if not all(kind.is_dense for kind in kinds):
@@ -273,22 +291,26 @@ def estimate(
             reached, source = known_efficiency(
                 subject.device, subject.dtype, subject.head_dim, windows, remeasure
             )
-    attention_flops, rest = subject.flops(grid)
+    parts = subject.passes(grid, steps)
+    (attention_flops, rest), thinned = step_flops(subject, parts, steps)
     calls = 1 if subject.family.generation.distilled else CALLS
 
     def speedup_of(clip: VideoShape, computed: float) -> float:
-        attention, rest = subject.flops(clip)
-        share = attention / (attention + rest)
-        return 1 / max(1 - share * sparse_share * (1 - computed / reached), 1e-9)
+        (attention, rest), thinned = step_flops(subject, subject.passes(clip, steps), steps)
+        share = attention / (attention + rest) * thinned
+        return 1 / max(1 - share * of_method * (1 - computed / reached), 1e-9)
 
     speedup = speedup_of(grid, computed)
-    pays_from, searched = _pays_from(subject, kinds, grid, speedup_of, speedup >= WORTH, plan)
+    pays_from, searched = _pays_from(
+        subject, kinds, grid, steps, speedup_of, speedup >= WORTH, plan
+    )
     sites = [
         (method.for_layer(site.layer), site.heads, site.dim)
         for site in subject.sites
         if schedule.why_layer(site.layer) is None
     ]
-    held = state_bytes(sites, 1, subject.seen(grid).tokens, subject.dtype.itemsize)
+    most = max(subject.seen(one.video, one.lengths).tokens for one in parts if not one.is_dense)
+    held = state_bytes(sites, 1, most, subject.dtype.itemsize)
     return Estimate(
         model=subject.name,
         method=method,
@@ -302,9 +324,9 @@ def estimate(
         density=density,
         computed_density=computed,
         attention_flops=calls * attention_flops,
-        sparse_attention_flops=calls * attention_flops * computed,
+        sparse_attention_flops=calls * attention_flops * (1 - thinned + thinned * computed),
         step_flops=calls * (attention_flops + rest),
-        sparse_share=sparse_share,
+        sparse_share=of_method * thinned,
         efficiency=reached,
         efficiency_from=source,
         speedup=speedup,
@@ -314,7 +336,20 @@ def estimate(
         memory=StateBytes(*(calls * size for size in held)),
         dtype=subject.dtype,
         calls=calls,
+        passes=round(sum(one.times for one in parts)),
+        pass_tokens=most,
     )
+
+
+def step_flops(subject: Subject, passes: Sequence[Pass], steps: int) -> tuple[Flops, float]:
+    """Return the FLOPs of a dense step, one sample in each of its passes, and the share of its
+    attention in which a method may run. What runs once is spread over the steps."""
+    attention = rest = thinned = 0.0
+    for one in passes:
+        share, of = one.times / steps, subject.flops(one.video, one.lengths)
+        attention, rest = attention + share * of.attention, rest + share * of.rest
+        thinned += 0.0 if one.is_dense else share * of.attention
+    return Flops(attention, rest), thinned / attention
 
 
 def over_lengths(source: Source, known: Estimate) -> list[Estimate]:
@@ -351,28 +386,45 @@ def over_lengths(source: Source, known: Estimate) -> list[Estimate]:
     return sorted(found, key=lambda one: one.num_frames)
 
 
-def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
-    """Return the kept and computed share of the token pairs, and the plan if there is one."""
+def densities_of(
+    method: Method, video: VideoShape, past: int = 0
+) -> tuple[float, float, Plan | None]:
+    """Return the kept and computed share of the token pairs, and the plan if there is one.
+
+    Args:
+        past: frames of the grid without queries, which what is beside it then lacks too.
+    """
     if method.is_dense:
         return 1.0, 1.0, None  # runs the model's own attention
     if not method.defines("plan"):  # depends on the values: the method's own density must do
         density = method.density(video)
         return density, density, None
-    plan = method.planned(video)
-    return plan.density, plan.computed_density, plan
+    plan, times = method.planned(video), 1.0
+    if past:
+        plan = asked(plan, Tokens(video, past=past))
+        times = video.tokens / ((video.frames - past) * video.height * video.width)
+    return times * plan.density, times * plan.computed_density, plan
 
 
 def _densities(
-    kinds: Mapping[Method, float], video: VideoShape
+    kinds: Mapping[Method, float], subject: Subject, clip: VideoShape, steps: int
 ) -> tuple[float, float, Plan | None]:
-    """Return the mean over methods, each with its share, of what `densities_of` returns; of the
-    plans, the largest."""
+    """Return the mean over methods, each with its share, and over the passes that make a clip, by
+    their attention, of what `densities_of` returns; of the plans, the largest."""
+    works: dict[tuple[VideoShape, int], float] = {}
+    for one in subject.passes(clip, steps):
+        if not one.is_dense:
+            key = subject.seen(one.video, one.lengths), one.past
+            of = one.times * subject.flops(one.video, one.lengths).attention
+            works[key] = works.get(key, 0.0) + of
     kept = computed = 0.0
     plans = []
-    for method, share in kinds.items():
-        density, of_blocks, plan = densities_of(method, video)
-        kept, computed = kept + share * density, computed + share * of_blocks
-        plans += [] if plan is None else [plan]
+    for (video, past), work in works.items():
+        for method, share in kinds.items():
+            part = share * (work / sum(works.values()))
+            density, of_blocks, plan = densities_of(method, video, past)
+            kept, computed = kept + part * density, computed + part * of_blocks
+            plans += [] if plan is None else [plan]
     return kept, computed, max(plans, key=_block_pairs, default=None)
 
 
@@ -430,6 +482,7 @@ def _pays_from(
     subject: Subject,
     kinds: Mapping[Method, float],
     grid: VideoShape,
+    steps: int,
     speedup_of: Callable[[VideoShape, float], float],
     is_worth: bool,
     plan: Plan | None,
@@ -450,7 +503,7 @@ def _pays_from(
         """Whether a length pays off, and how many pairs of blocks its plan holds."""
         clip = VideoShape(frames, grid.height, grid.width)
         try:
-            _, computed, plan = _densities(kinds, subject.seen(clip))
+            _, computed, plan = _densities(kinds, subject, clip, steps)
         except ValueError:
             return False, 0  # a window longer than so short a clip
         return speedup_of(clip, computed) >= WORTH, _block_pairs(plan)

@@ -18,13 +18,20 @@ offloading, of copying weights.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.measure.cost.estimate import OWN_ATTENTION, WORTH, Estimate, estimate
+from gen_accel.attention_processors.families.base import Pass
+from gen_accel.measure.cost.estimate import (
+    OWN_ATTENTION,
+    WORTH,
+    Estimate,
+    estimate,
+    step_flops,
+)
 from gen_accel.measure.cost.figures import (
     WIDTH,
     Range,
@@ -349,12 +356,9 @@ def forecast(
     calls, batch = calls_of(subject, guidance_scale)
     parts, unknown = components_of(source, subject, chosen, quantize)
     grid = subject.grid(height, width, num_frames)
-    flops = subject.flops(grid)
-    work = step_work(subject, grid, batch)
-    if work is None:
-        moved = TENSORS * batch * len(subject.sites) * grid.video_tokens
-        moved *= subject.width * chosen.itemsize
-        work = Work(batch * flops.rest, batch * flops.attention, moved)
+    passes = subject.passes(grid, steps)
+    flops, _ = step_flops(subject, passes, steps)
+    work = _step(subject, passes, steps, batch, chosen)
     thin = work
     if known.efficiency_from != OWN_ATTENTION:
         own_attention = batch * flops.attention * known.sparse_share
@@ -370,14 +374,18 @@ def forecast(
     ]
 
     # Bytes of a dense and of a sparse step at most.
-    tokens = batch * subject.whole(grid).tokens * subject.width * chosen.itemsize
+    held = max(_held(subject, one) for one in passes)
+    tokens = batch * held * subject.width * chosen.itemsize
     kept = 0 if known.memory is None else known.memory.device
+    wide = sum(site.heads * site.dim for site in subject.sites)
+    cached = 2 * batch * max(one.cached for one in passes) * wide * chosen.itemsize
     if work.peak:
         most = max(work.peak, work.at_attention + COPIES * tokens) + kept
         dense, sparse = Range(work.peak, work.peak, "traced"), Range(most, most, "traced")
     else:
         source_of = "as in the families that are traced"
-        dense = Range(LEAST_WIDTHS * tokens, MOST_WIDTHS * tokens, source_of)
+        low, high = (cached + widths * tokens for widths in (LEAST_WIDTHS, MOST_WIDTHS))
+        dense = Range(low, high, source_of)
         sparse = replace(dense, low=dense.low + kept, high=dense.high + COPIES * tokens + kept)
 
     # Products of the text encoders' weights with all tokens of the prompts.
@@ -409,6 +417,27 @@ def forecast(
         quantize=quantize,
         speedup=Range(min(gains), max(gains), assumed.source),
     )
+
+
+def _step(
+    subject: Subject, passes: Sequence[Pass], steps: int, batch: int, dtype: torch.dtype
+) -> Work:
+    """The work of a dense step: that of its passes together, and the memory of the largest."""
+    step = none = Work(0, 0, 0)
+    for one in passes:
+        work = None if one.lengths else step_work(subject, one.video, batch)
+        if work is None:
+            flops = subject.flops(one.video, one.lengths)
+            values = batch * _held(subject, one) * subject.width
+            moved = TENSORS * len(subject.sites) * values * dtype.itemsize
+            work = Work(batch * flops.rest, batch * flops.attention, moved)
+        step = step.extended(none, work, one.times / steps)
+    return step
+
+
+def _held(subject: Subject, one: Pass) -> float:
+    """Tokens that pass the blocks."""
+    return one.lengths.get("noisy") or subject.whole(one.video, one.lengths).tokens
 
 
 def calls_of(subject: Subject, guidance_scale: float | None) -> tuple[int, int]:

@@ -29,8 +29,9 @@ from gen_accel.attention_processors.families import (
     served_classes,
     video_classes,
 )
-from gen_accel.attention_processors.families.base import Config
-from gen_accel.attention_processors.families.layers import Flops
+from gen_accel.attention_processors.families.base import Config, Pass
+from gen_accel.attention_processors.families.layers import Flops, Lengths
+from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.weights import BYTES, held_names
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched, index_file, index_in
@@ -68,6 +69,7 @@ class Subject:
         cost: FLOPs of a call, see `Family.cost`.
         uncounted: in words, work that FLOPs leave out.
         text: tokens of a prompt; None if unknown.
+        pipeline: class of the pipeline that runs it; "" for the family's first.
     """
 
     name: str
@@ -79,8 +81,9 @@ class Subject:
     device: torch.device
     dtype: torch.dtype
     sites: list[SelfAttention] = field(repr=False)
-    cost: Callable[[VideoShape, Mapping[str, int]], Flops] = field(repr=False)
+    cost: Callable[[VideoShape, Lengths], Flops] = field(repr=False)
     uncounted: tuple[str, ...] = ()
+    pipeline: str = ""
 
     @property
     def blocks(self) -> set[int]:
@@ -106,21 +109,32 @@ class Subject:
         """Latent frames, rows and columns in a token."""
         return patch_of(self.config)
 
-    def flops(self, video: VideoShape) -> Flops:
-        """FLOPs of one call for one clip."""
-        return self.cost(video, {"text": self.text or 0})
+    def passes(self, video: VideoShape, steps: int) -> list[Pass]:
+        """Forward passes that its pipeline makes a clip by, in one part or chunk after chunk."""
+        row = takes(self.pipeline or next(iter(self.family.pipelines), ""))
+        return [Pass(steps, video)] if row is None else row.passes(self.config, video, steps)
 
-    def seen(self, video: VideoShape) -> VideoShape:
+    def flops(self, video: VideoShape, lengths: Lengths | None = None) -> Flops:
+        """FLOPs of one call for one clip.
+
+        Args:
+            lengths: of tokens beside the video and the text, by kind.
+        """
+        return self.cost(video, {"text": self.text or 0, **(lengths or {})})
+
+    def seen(self, video: VideoShape, lengths: Lengths | None = None) -> VideoShape:
         """Grid that one attention sees: a single frame if frames attend apart; with the text if it
         attends too."""
         if self.family.kind == "frames":
             return VideoShape(1, video.height, video.width)
-        return self.whole(video)
+        return self.whole(video, lengths)
 
-    def whole(self, video: VideoShape) -> VideoShape:
-        """Grid with the text, if it attends with the video."""
-        joint = "text" in self.family.layers(self.model).beside
-        return VideoShape(*video.grid, text=(self.text or 0) if joint else 0)
+    def whole(self, video: VideoShape, lengths: Lengths | None = None) -> VideoShape:
+        """Grid with the text and other tokens, if they attend with the video."""
+        known = {"text": self.text or 0, **(lengths or {})}
+        beside = self.family.layers(self.model).beside
+        others = sum(int(n) for kind, n in known.items() if kind in beside)
+        return VideoShape(*video.grid, text=others)
 
     @property
     def multiples(self) -> tuple[int, int]:
@@ -245,7 +259,8 @@ def subject_of(source: Source, text: int | None = None) -> Subject:
     if device is None:
         device = next((value.device for value in module.parameters()), None)
     dtype = getattr(module, "dtype", None)
-    return _built(kind, getattr(plain, "config", {}), vae, text, name, device, dtype)
+    made = _built(kind, getattr(plain, "config", {}), vae, text, name, device, dtype)
+    return made if module is source else replace(made, pipeline=name)
 
 
 def _named(name: str, text: int | None) -> Subject:
@@ -276,7 +291,8 @@ def _named(name: str, text: int | None) -> Subject:
 @lru_cache(maxsize=4)  # a verb asks several times, and large models take a second to build
 def _published_subject(name: str, kind: str, text: int | None) -> Subject:
     found = presets()[name][1]
-    return _built(kind, found.config, {"scale_factor_temporal": found.temporal}, text, name)
+    made = _built(kind, found.config, {"scale_factor_temporal": found.temporal}, text, name)
+    return replace(made, pipeline=found.pipeline)
 
 
 def _read(
@@ -294,12 +310,15 @@ def _read(
             known = read_fields(config)
         except FileNotFoundError:
             continue
-        sizes = {}
+        sizes, index = {}, {}
         with suppress(OSError):  # some pipelines have none; the family's sizes are taken
             sizes = {} if alone else read_fields(file("vae/config.json"))
+        with suppress(OSError):  # those that are made of blocks are alike
+            index = {} if alone else read_fields(file("model_index.json"))
         kind = typed(known, "_class_name", str, origin=config, default=WAN)
         kind = PARTS.get(kind, kind)
-        return _saved(name, {**known, "_class_name": kind}, sizes, text)
+        made = _saved(name, {**known, "_class_name": kind}, sizes, text)
+        return replace(made, pipeline=str(index.get("_class_name", "")))
     return None
 
 

@@ -47,7 +47,6 @@ NOT_MODELLED = {
     "wan_animate": "pose and face",
     "anyflow_far": "queries of zeros",
     "consisid": "the face",
-    "helios_telling": "guidance by history, which sees the text too",
     "kandinsky6": "sound",
     "minimax_h3_key_frames": "key frames",
     "minimax_h3_references": "references",
