@@ -750,10 +750,15 @@ class Helios(WanBlocks):
     }
 
     def layers(self, transformer: Model) -> Layers:
-        rows = {r"patch_(short|mid|long)": "none", r"attn1\.|ffn\.": "video + history"}
-        tells = "video" if transformer.config.guidance_cross_attn else "video + history"
-        asks = {r"attn2\.to_q$": (tells, "text")}
-        return CROSS.with_first(rows, asks)._replace(beside="history")
+        both = "video + history"
+        told = "video" if transformer.config.guidance_cross_attn else both  # of the text
+        rows = {
+            r"patch_(short|mid|long)": "none",
+            r"attn1\.|ffn\.": both,
+            r"attn2\.to_(q|out)": told,
+        }
+        seen = CROSS.with_first(rows, {r"blocks.*attn2\.to_q$": (told, "text")})
+        return seen._replace(beside="history")
 
     def _beside(self, transformer: Model, given: Given) -> int:
         """Number of tokens of the history, whose coarser patches are padded to whole ones."""

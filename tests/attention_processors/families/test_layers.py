@@ -120,7 +120,7 @@ def test_flops_are_those_of_a_run(name):
     # These make their rotary angles by a product of matrices.
     close = 4e-3 if name in ("cosmos3", "cosmos3_nemotron", "mochi") else 0
     assert by_family.attention == pytest.approx(run.attention, rel=close)
-    if name in ("helios", "helios_pyramid", "framepack"):  # patches of the history are left out
+    if name == "framepack" or name.startswith("helios"):  # patches of the history are left out
         assert by_family.rest < run.rest
     else:
         assert by_family.rest == pytest.approx(run.rest, rel=0.05)
