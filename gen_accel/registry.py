@@ -68,7 +68,8 @@ TECHNIQUES = (
     *("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),
     *("continuation", "fresh_noise"),
 )
-SAMPLERS = ("euler", "unipc", "lcm")  # on exact noise levels, see `pipelines.sampler`
+SAMPLERS = ("euler", "unipc", "lcm", "dpmpp_2m_sde")  # on exact levels, see `pipelines.sampler`
+DRAWING = ("lcm", "dpmpp_2m_sde")  # of `SAMPLERS`, which draw noise at each step
 MOST_FEW = 12  # steps, up to which one that is wasted counts
 OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 DAMPENING = ("ultravico",)  # of `TECHNIQUES`: a gain on scores, which goes with no rest

@@ -3,6 +3,8 @@
     euler:  x' = x + (s' - s) v
     lcm:    x' = (1 - s') (x - s v) + s' noise,    fresh noise
     unipc:  a second-order step (Zhao et al., 2023, https://arxiv.org/abs/2302.04867)
+    dpmpp_2m_sde:  one with noise that is partly fresh, SDE-DPM-Solver++ (Lu et al., 2022,
+            https://arxiv.org/abs/2211.01095, appendix B)
 
 `v` is the predicted velocity at a level s, 1 for pure noise, and s' is the next level, 0 after the
 last. Levels of n steps with a shift k are those of Esser et al., 2024,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Level = TypeVar("Level", float, "Tensor")
-H3, SOUND = "MiniMaxH3Scheduler", "audio_scheduler"
+H3, DPM, SOUND = "MiniMaxH3Scheduler", "DPMSolverMultistepScheduler", "audio_scheduler"
 EXACT = "Exact"  # begins the name of a scheduler of this module
 WASTED = 0.5  # share of its exact level below which a last step is called wasted
 
@@ -85,7 +87,7 @@ class Sampler:
             pipe(..., num_inference_steps=4, generator=generator)
 
     Args:
-        name: "euler", "unipc" or "lcm". None: "unipc" where the pipeline's own is; else "euler".
+        name: of `registry.SAMPLERS`. None: "unipc" where the pipeline's own is; else "euler".
         levels: noise at which each step begins, falling, in (0, 1]. Empty: equal steps, shifted.
         shift: of equal steps, 1 for none. None: the scheduler's own, which may depend on the size
             of a video.
@@ -120,7 +122,11 @@ class Sampler:
 
         Raises ValueError for a scheduler that does not step by flow matching, from noise to clean.
         """
-        from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+        from diffusers import (
+            DPMSolverMultistepScheduler,
+            FlowMatchEulerDiscreteScheduler,
+            UniPCMultistepScheduler,
+        )
 
         config, kind = own.config, type(own).__name__
         if kind.removeprefix(EXACT) == H3:
@@ -146,16 +152,21 @@ class Sampler:
         shift = own.shift if is_euler else own_shift(config)
         given: dict[str, Any] = {"levels": self.levels, "shift": shift, "flow_shift": shift}
         given["exact"] = self.exact
-        if name == "unipc":
+        if name in ("unipc", "dpmpp_2m_sde"):
             given |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        else:
-            given["stochastic_sampling"] = name == "lcm"
+        if name == "dpmpp_2m_sde":
+            given |= {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "zero"}
+        given["stochastic_sampling"] = name in registry.DRAWING
         if self.levels or self.shift is not None:
             shift = 1.0 if self.levels else self.shift
             bent = ("dynamic_shifting", "karras_sigmas", "exponential_sigmas", "beta_sigmas")
             given |= {"shift": shift, "flow_shift": shift, "shift_terminal": None}
             given |= {f"use_{one}": False for one in bent}
-        taken = UniPCMultistepScheduler if name == "unipc" else FlowMatchEulerDiscreteScheduler
+        kinds: dict[str, type] = {
+            "unipc": UniPCMultistepScheduler,
+            "dpmpp_2m_sde": DPMSolverMultistepScheduler,
+        }
+        taken = kinds.get(name, FlowMatchEulerDiscreteScheduler)
         return exact(taken).from_config(config, **given)
 
     @contextmanager
@@ -176,7 +187,7 @@ class Sampler:
                 if given.get("per_token_timesteps") is not None:
                     raise ValueError(
                         "fresh noise is for calls in which all frames are as noisy: take another "
-                        "sampler than lcm"
+                        f"sampler than {' and '.join(registry.DRAWING)}"
                     )
                 return type(self).step(self, *args, **({"generator": generator} | given))
 
@@ -214,6 +225,14 @@ class Exact:
         ValueError for another number of steps than the config has levels."""
         if not self.config.get("exact", True):
             super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if type(self).__name__.endswith(DPM):  # which takes no levels: those of Euler's steps
+            from diffusers import FlowMatchEulerDiscreteScheduler
+
+            like = exact(FlowMatchEulerDiscreteScheduler).from_config(self.config)
+            like.set_timesteps(num_inference_steps, device, sigmas, mu)
+            super().set_timesteps(len(like.timesteps), device)  # pyright: ignore[reportAttributeAccessIssue]
+            self.sigmas, self.timesteps = like.sigmas.cpu(), like.timesteps
             return
         levels = self.config.get("levels") or sigmas
         steps = num_inference_steps if sigmas is None else len(sigmas)

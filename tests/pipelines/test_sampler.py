@@ -1,5 +1,7 @@
 """Samplers on exact noise levels: closed forms, steps, refusals, and through `generate`."""
 
+import itertools
+import math
 import warnings
 
 import pytest
@@ -12,6 +14,7 @@ from diffusers import (
 from support import wan
 from support.tiny import trainings
 
+from gen_accel import registry
 from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.demo.job import lora_path
 from gen_accel.pipelines.generation.config import Clip, GenerateConfig
@@ -41,7 +44,7 @@ def same(found, due):
     torch.testing.assert_close(found.double(), due, rtol=0, atol=1.1e-6)
 
 
-@pytest.mark.parametrize("name", [None, "euler", "unipc", "lcm"])
+@pytest.mark.parametrize("name", [None, *registry.SAMPLERS])
 @pytest.mark.parametrize("own", OWN)
 def test_levels_are_the_closed_form(own, name):
     for steps in range(2, 9):
@@ -58,10 +61,11 @@ def test_levels_are_the_closed_form(own, name):
         same(made.sigmas, (1, 0.9, 0.75, 0.5))
 
 
-def test_a_shift_by_the_size_is_kept():
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde"])
+def test_a_shift_by_the_size_is_kept(name):
     own = OWN["dynamic"]()
     own.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.5)
-    made = set_to(Sampler("euler"), OWN["dynamic"](), 4, mu=1.5)
+    made = set_to(Sampler(name), OWN["dynamic"](), 4, mu=1.5)
     torch.testing.assert_close(made.sigmas, own.sigmas)
 
 
@@ -103,7 +107,7 @@ def test_h3_runs_as_many_steps_as_asked_for():
 
 def test_entries_that_pipelines_read_are_kept():
     own = FlowMatchEulerDiscreteScheduler(base_image_seq_len=77, max_shift=2.05)
-    for name in ("euler", "unipc", "lcm"):
+    for name in registry.SAMPLERS:
         config = Sampler(name, levels=GIVEN).scheduler(own).config
         assert (config["base_image_seq_len"], config["max_shift"]) == (77, 2.05)
 
@@ -113,7 +117,7 @@ def denoised(pipe, **fields):
     return denoise(pipe, "a cat", filled(pipe, Clip(**sizes, **fields))).latents
 
 
-@pytest.mark.parametrize("name", ["euler", "lcm"])
+@pytest.mark.parametrize("name", ["euler", "lcm", "dpmpp_2m_sde"])
 def test_a_step_is_its_formula(name):
     pipe, seen = wan.pipeline(), []
     hook = pipe.transformer.register_forward_hook(
@@ -125,9 +129,21 @@ def test_a_step_is_its_formula(name):
     assert [t.item() / 1000 for t, _ in seen] == pytest.approx(GIVEN)
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(found.shape, generator=drawn)
-    for (_, velocity), now, then in zip(seen, GIVEN, (*GIVEN[1:], 0.0), strict=True):
+    before = torch.zeros(())
+    for i, (now, then) in enumerate(itertools.pairwise((*GIVEN, 0.0))):
+        velocity = seen[i][1]
         if name == "euler":
             x = x + (then - now) * velocity
+        elif name == "dpmpp_2m_sde":
+            # Lu et al., 2022, algorithm 2 with the noise of appendix B; snr = (1 - s) / s.
+            clean, kept = x - now * velocity, (then / (1 - then)) * (1 - now) / now
+            slope = torch.zeros(())
+            if 0 < i < len(GIVEN) - 1 and GIVEN[i - 1] < 1:
+                past = math.log((1 - now) / now * GIVEN[i - 1] / (1 - GIVEN[i - 1]))
+                slope = (clean - before) * -math.log(kept) / past
+            x = (then / now) * kept * x + (1 - then) * (1 - kept**2) * (clean + slope / 2)
+            x = x + then * (1 - kept**2) ** 0.5 * torch.randn(found.shape, generator=drawn)
+            before = clean
         else:
             x = (1 - then) * (x - now * velocity)
             x = x + then * torch.randn(found.shape, generator=drawn)

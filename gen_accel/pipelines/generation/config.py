@@ -129,11 +129,11 @@ class Clip(Config):
     negative_prompt: str | None = option(
         None, "Clip", "Text of what the video must not show.", longest=registry.MOST_PROMPT
     )
-    sampler: Literal["euler", "unipc", "lcm"] | None = option(
+    sampler: Literal["euler", "unipc", "lcm", "dpmpp_2m_sde"] | None = option(
         None,
         "Clip",
-        "Sampler of a flow-matching model, on exact noise levels; lcm draws fresh noise at each "
-        "step. Default: the model's own.",
+        "Sampler of a flow-matching model, on exact noise levels; lcm and dpmpp_2m_sde draw noise "
+        "at each step. Default: the model's own.",
     )
     levels: tuple[float, ...] = option(
         (),
@@ -816,8 +816,8 @@ class GenerateConfig(
             return
         if self.out.suffix.lower() != ".mp4":
             raise ValueError(f"a stream is an .mp4, got --out {self.out}")
-        if self.sampler == "unipc":
-            raise ValueError("a stream is sampled by euler or lcm, got --sampler unipc")
+        if self.sampler not in (None, "euler", "lcm"):
+            raise ValueError(f"a stream is sampled by euler or lcm, got --sampler {self.sampler}")
         unfit = ("prompts", "preset", "cache", "compare", "preview", "save_latents", "image")
         unfit += ("last_image", "video", "image_prompt", "ray", "dense_noise", "call")
         extended = ("extend",) if self.techniques else ()  # "none" is no technique

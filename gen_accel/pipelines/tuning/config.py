@@ -169,9 +169,10 @@ class TuneConfig(Weights, TuneOptions, Clip):
         check_files("LoRA", self.from_lora)
         self.check_loras()
         registry.check_kernel(self.kernel)
-        if self.sampler == "lcm":
+        if self.sampler in registry.DRAWING:
             raise ValueError(
-                "tuning compares runs of the same noise, and sampler lcm draws more: take euler"
+                f"tuning compares runs of the same noise, and sampler {self.sampler} draws more: "
+                "take euler"
             )
         _ = self.bound  # refuses an objective without its quality
 
