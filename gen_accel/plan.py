@@ -474,10 +474,10 @@ class Plan:
         fp32."""
         made = []
         for block, held in zip((self.block_q, self.block_k), self.held, strict=True):
-            counts = held[:, 0] > 0
+            counts = held[:, 0].clamp(max=1)
             if self.rest is not None and self.rest.tokens not in (None, self.tokens):
-                counts = counts & (self.slots.view(-1, block) < self.rest.tokens).all(-1)
-            made.append(counts.float())
+                counts = counts * (self.slots.view(-1, block) < self.rest.tokens).all(-1)
+            made.append(counts)
         return made[0], made[1]
 
     @property

@@ -169,6 +169,8 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
     sizes = {**dim, "BLOCK": block, "TILE": launch.TILE, "MEAN": True, "LESS": True}
     yield Case("pooled", pooling.sums_kernel, sizes, launch.WARPS, 3)
+    sizes = {**dim, "BLOCK": block, "TILE": launch.TILE}
+    yield Case("deviations", pooling.deviations_kernel, sizes, launch.WARPS, 3)
     yield Case("lists count", listing.count_kernel, lists, 4, 3)
     yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
     yield Case("lists fill", listing.fill_kernel, lists, 4, 3)

@@ -41,6 +41,29 @@ def block_means(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Te
     return sums / slots.real.view(-1, block, 1).sum(1).clamp_min(1)
 
 
+@torch.no_grad()
+def block_deviations(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Tensor:
+    """Compute ln sqrt(mean |x_t - x_j|^2) over the tokens t of each block, x_j their mean,
+    (B, H, S / block) fp32 or wider, without a gradient. Where tokens are equal up to rounding, it
+    is the logarithm of a 1000th of their size.
+
+    Args:
+        x: (B, H, N, D).
+        block: slots in a block.
+        kernel: name of the attention kernel.
+    """
+    if triton_serves(kernel, x):
+        from gen_accel.kernels.triton import pooling  # imports triton, which may be missing
+
+        return pooling.block_deviations(x, slots.slots_int32, block)
+    mean = block_means(x, slots, block, kernel)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
+    square = block_means(squares, slots, block, "gather")[..., 0]
+    apart = (square - mean.square().sum(-1)).maximum(1e-6 * square)
+    return apart.clamp_min(torch.finfo(apart.dtype).tiny).log() / 2
+
+
 def _sums_by_triton(kernel: str, x: Tensor) -> bool:
     """Whether Triton runs. It has no gradient of these sums."""
     return triton_serves(kernel, x) and not (x.requires_grad and torch.is_grad_enabled())

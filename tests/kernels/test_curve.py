@@ -47,13 +47,13 @@ def test_where_it_bites_for_some_queries_the_answers_are_the_same(kernel, dtype,
     """Output, log-sum-exp and gradients, of queries of which every fourth lies far from the mean
     and no score so near to the bound that roundings would decide."""
     plan = plan_of()
-    tensors = [x.cpu() for x in qkv(64, batch=1, heads=1)]
-    tensors[0][:, :, ::4] *= 5
+    tensors = [x.cpu() for x in qkv(64, batch=1, heads=6)]  # errors of fewer are luck
+    tensors[0][:, :, ::4] *= 8
     tensors = [x.to(dtype) for x in tensors]
     skip_without(kernel, plan, tensors)
     gained = gains(*(x.double() for x in tensors), monkeypatch) / MOST_GAINED
     assert 0.1 < (gained > 1).double().mean() < 0.5
-    assert (gained - 1).abs().min() > 0.1
+    assert (gained - 1).abs().min() > 0.3
 
     def rounded(run):
         """Pooled keys are in the dtype of q, and so the log-sum-exp is no better."""

@@ -26,7 +26,7 @@ from support.triton_plans import (
 from gen_accel.functional import attention
 from gen_accel.kernels import Facts, dispatch, facts_of
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.choosing import block_spread
+from gen_accel.kernels.choosing import block_deviations, block_spread
 from gen_accel.kernels.triton import (
     block_sparse,
     configs,
@@ -460,6 +460,27 @@ class TestReasons:
     def test_without_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
         assert self.reasons() == ["triton is not installed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [16, 24])
+def test_deviations_of_blocks_are_as_in_torch(dim, dtype, monkeypatch):
+    """Also of a block that padding fills in part, of one of padding alone, and of equal tokens."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    places = torch.full((64,), -1)
+    places[:40] = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    slots = slots_of(places, 16, 16)
+    x = torch.randn(2, 3, 40, dim, generator=torch.Generator().manual_seed(1))
+    x[0, 0, places[:16]] = 0.3
+    x = (x + 2).to(dtype)
+    made = block_deviations(x, slots, 16, "triton")
+    due = block_deviations(x.double(), slots, 16, "gather")
+    assert made.dtype == torch.float32
+    assert made.shape == (2, 3, 4)
+    torch.testing.assert_close(made[:, :, :3], due[:, :, :3].float(), rtol=0, atol=2e-4)
+    floor = 1e-3 * x[0, 0, places[0]].double().norm()
+    assert made[0, 0, 0].exp().item() == pytest.approx(floor.item(), rel=1e-4)
+    assert made.isfinite().all()
 
 
 def test_short_blocks_have_configurations_of_their_own():

@@ -115,6 +115,10 @@ def block_sums(device):
     return of_plan(device, lambda plan, qkv: (qkv[0], plan.slots_int32, BLOCK, True))
 
 
+def block_deviations(device):
+    return of_plan(device, lambda plan, qkv: (qkv[0], plan.slots_int32, BLOCK))
+
+
 def block_lists(device):
     keep = small_plan(device).keep
     return keep, keep & False, 4
@@ -138,6 +142,7 @@ TABLE = {
     "triton_linear_sets": (linear, True),
     "triton_spread": (spread, False),
     "triton_block_sums": (block_sums, False),
+    "triton_block_deviations": (block_deviations, False),
     "triton_block_lists": (block_lists, False),
     "triton_least_taken": (least_taken, False),
 }

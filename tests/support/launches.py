@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import launch
 
-# Allocations, which launch nothing; views are told by their schema.
+# What launches nothing, as allocations; views are told by their schema.
 FREE = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"}
 FREE |= {"aten::new_empty_strided", "aten::detach", "aten::lift_fresh", "aten::_unsafe_view"}
+FREE.add("prim::device")  # of fake tensors
 
 # What asks the device for a number, and so waits for it.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}

@@ -35,7 +35,7 @@ from gen_accel.attention_processors.methods.blocks import (
     tile_of,
 )
 from gen_accel.kernels.base import scale_or_default
-from gen_accel.kernels.choosing import block_means, block_spread
+from gen_accel.kernels.choosing import block_deviations, block_means, block_spread
 from gen_accel.kernels.rest import pooled_shares
 from gen_accel.method import Method, plan_once
 from gen_accel.plan import Plan, Rest, Slots, numbers_on, pack, plan_of_call
@@ -85,7 +85,8 @@ class Scores:
                 raise ValueError("score 'norm' looks at the values too, got no v")
             self.norms = _slope_norms(k, v, layout)
         elif kind in ("loss", "pooled") and v is not None:
-            self.norms = _value_deviations(v, layout, kernel)
+            deviations = block_deviations(v, layout.slots, layout.slots.block_k, kernel)
+            self.norms = layout.of_ranked(deviations, 2)
 
     @property
     def by_all_keys(self) -> bool:
@@ -155,18 +156,6 @@ class Scores:
         mean = key.mean(2, keepdim=True)
         # Subtracting the mean shifts all scores of a row alike, and keeps precision.
         return mean, self.layout.of_ranked(key - mean, 2)
-
-
-def _value_deviations(v: Tensor, layout: Layout, kernel: str) -> Tensor:
-    """ln sqrt(mean |v_t - v_j|^2) of the ranked blocks, (B, H, R), in fp32, from sums of squares:
-    where values are equal up to rounding, this is a 1000th of their size."""
-    slots = layout.slots
-    mean = block_means(v, slots, slots.block_k, kernel)
-    wide = torch.promote_types(v.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide).square()
-    square = block_means(squares, slots, slots.block_k, "gather")[..., 0]
-    apart = (square - mean.square().sum(-1)).maximum(1e-6 * square)
-    return layout.of_ranked(apart.clamp_min(torch.finfo(apart.dtype).tiny).log() / 2, 2)
 
 
 def _slope_norms(k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -28,12 +28,16 @@ from gen_accel.kernels.triton.rest_columns import SIZES, common_key
 from gen_accel.kernels.triton.tiles import (
     LN2,
     LOG2E,
+    block_mean,
     dot,
     load_rows,
     of_head,
+    off_mean,
     own_tile,
     store_rows,
 )
+
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit(do_not_specialize=("H", "K"))
@@ -88,6 +92,48 @@ def block_sums(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
 def _(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
     B, H, _, D = x.shape
     return x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=("H", "K"))
+def deviations_kernel(
+    x,
+    out,
+    slots,
+    H,
+    K,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write ln of the root of the mean squared offset of each block's tokens from their mean."""
+    i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x = of_head(x, i_head // H, i_head % H)
+    o_d = tl.arange(0, BLOCK_D)
+    b_mean, b_held = block_mean(x, slots, i_block, o_d, D, BLOCK, TILE)
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_off = off_mean(x, o_t, o_d, b_mean, D)
+        b_sum += tl.sum(b_off * b_off, 0)
+    b_apart = tl.sum(b_sum, 0) / b_held
+    b_apart = tl.maximum(b_apart, 1e-6 * (b_apart + tl.sum(b_mean * b_mean, 0)))
+    tl.store(out + i_head * K + i_block, 0.5 * tl.log(tl.maximum(b_apart, TINY)))
+
+
+@torch.library.custom_op("gen_accel::triton_block_deviations", mutates_args=())
+def block_deviations(x: Tensor, slots: Tensor, block: int) -> Tensor:
+    """Compute `choosing.block_deviations`, (B, H, S / block) fp32, in one pass over x; arguments
+    as in `block_sums`."""
+    x = rowwise(x)
+    out = x.new_empty((*x.shape[:2], len(slots) // block), dtype=torch.float32)
+    launch_blocks(deviations_kernel, x, slots, block, (*rows(x), out), *out.shape[1:])
+    return out
+
+
+@block_deviations.register_fake
+def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], len(slots) // block), dtype=torch.float32)
 
 
 def launch_sums(
