@@ -6,6 +6,7 @@
     python benchmarks/methods.py --clips       # whole clips; --worker 1/2, 2/2 share them
     python benchmarks/methods.py --scores      # the same by each score of Piecewise, paired
     python benchmarks/methods.py --others      # ways that were measured and not built
+    python benchmarks/methods.py --choices     # rivals of the default's choice and rest, paired
     python benchmarks/methods.py --docs        # tables and pictures in docs/ and README
 
 Prompts are the first scenes of the list that the demo model is scored by, the i-th with seed i:
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import ablation, captured, clips, errors, others, page, random_wan, settings
+from study import ablation, captured, choices, clips, errors, others, page, random_wan, settings
 from study.variants import Variant
 
 from gen_accel import Piecewise, SparseLinear, attach
@@ -59,7 +60,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     mode = parser.add_mutually_exclusive_group(required=True)
-    for name in ("errors", "ablation", "random", "clips", "scores", "others", "docs"):
+    for name in ("errors", "ablation", "random", "clips", "scores", "others", "choices", "docs"):
         mode.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--frames", type=int, default=captured.FRAMES)
     parser.add_argument("--prompts", type=int, nargs="+", default=MEASURED)
@@ -81,6 +82,7 @@ def main() -> None:
         "clips": of_clips,
         "scores": of_scores,
         "others": of_others,
+        "choices": of_choices,
     }
     run = next(run for name, run in modes.items() if getattr(args, name))
     prompts = [captured.PROMPTS[i] for i in args.prompts]
@@ -228,6 +230,28 @@ def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:
     report = head | {"steps": STEPS_SEEN, "density": 0.2, "rows": []}
     for row in others.rows(calls, video, 0.2):
         keep_row(report, row, RESULTS / "methods_others.json")
+
+
+def of_choices(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    """Rivals of the default, prompt by prompt. A run goes on where another ended on this
+    device."""
+    path, pipe = RESULTS / "methods_choices.json", captured.pipeline()
+    video = captured.grid(args.frames)
+    facts = {"steps": STEPS_SEEN, "layers": FEWER_LAYERS}
+    facts |= {"single_tokens": [*choices.of_single_tokens(video, ROUNDS)]}
+    report = head | facts | {"rows": []}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known and not other_machine(known, head):
+        report["rows"] = known["rows"]
+    made = {row["prompt"] for row in report["rows"]}
+    for prompt in args.prompts:
+        if prompt in made:
+            continue
+        calls = captured.capture(pipe, [prompt], STEPS_SEEN, args.frames)
+        with torch.no_grad():
+            rows = [*choices.rows([x for x in calls if x.layer in FEWER_LAYERS], video)]
+        for row in rows:  # of all or none of a prompt
+            keep_row(report, {"prompt": prompt, **row}, path)
 
 
 def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, bool]]]:

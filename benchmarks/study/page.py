@@ -8,6 +8,7 @@ from typing import Any
 from pages import RESULTS, UNSCORED, machine, read_result, right, write_between_marks
 
 from study import front
+from study.settings import DEFAULT
 
 BENCHMARKS = Path(__file__).parent.parent
 DOCS = BENCHMARKS.parent / "docs" / "methods"
@@ -48,6 +49,7 @@ def tables() -> dict[Path, list[str]]:
     if (found := result("ablation_whole")) is not None:
         parts += whole_tables(found)
     parts += score_table(found) if (found := result("scores")) is not None else []
+    parts += choice_tables(found) if (found := result("choices")) is not None else []
     parts += cost_table(read_result("rest"))
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
@@ -301,6 +303,55 @@ def score_table(report: dict[str, Any]) -> list[str]:
             more = paired if score == "pooled" else " | | "
             lines.append(f"| {score} | {density:.3f} | {told} | {more} |")
     return [*lines, ""]
+
+
+def choice_tables(report: dict[str, Any]) -> list[str]:
+    """Tables, one for each density: rivals of the default's choice and rest, prompt by prompt."""
+    prompts = len(report["prompts"])
+    lines = [
+        "### Rivals of the choice and of the rest",
+        "",
+        f"Relative L2 error of attention, {report['frames']} frames, {prompts} prompts, steps "
+        f"{' and '.join(map(str, report['steps']))}, {len(report['layers'])} layers, "
+        f"{report['device']}, [result file]({LINK}/methods_choices.json). The default is "
+        "`Piecewise` as it is on a CPU. A way has as many exact pairs of tokens, or, where it is "
+        "as costly, as many products. Products of the choice, the kept blocks and the rest are "
+        "counted, as a share of dense attention's. Changes are means over the prompts, and so is "
+        "t.",
+        "",
+    ]
+    heads = "exact pairs", "products", "error", "change", "t", "prompts that err less"
+    for asked in sorted({row["asked"] for row in report["rows"]}):
+        lines += [f"| density {asked} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        some = [row for row in report["rows"] if row["asked"] == asked]
+        own = {row["prompt"]: row["error"] for row in some if row["way"] == DEFAULT}
+        for way in dict.fromkeys(row["way"] for row in some):
+            rows = [row for row in some if row["way"] == way]
+            density, products, error = (
+                mean(row[key] for row in rows) for key in ("density", "products", "error")
+            )
+            told = f"{density:.3f} | {products:.3f} | {error:.4f}"
+            changes = [row["error"] / own[row["prompt"]] - 1 for row in rows]
+            lines.append(f"| {way} | {told} | {_change(way, changes)} |")
+        lines.append("")
+    lines += [
+        "Milliseconds of processor time beside the products of `half in extra tokens`, by torch, "
+        f"{machine(report)}:",
+        "",
+        "| density | a call of the default | sorting the keys | copying those found |",
+        "|---|---|---|---|",
+    ]
+    for row in report["single_tokens"]:
+        told = (f"{row[key]:.1f}" for key in ("call_ms", "sort_ms", "copy_ms"))
+        lines.append(f"| {row['asked']} | {' | '.join(told)} |")
+    return [*lines, ""]
+
+
+def _change(way: str, changes: list[float]) -> str:
+    if way == DEFAULT:
+        return " | | "
+    t = mean(changes) * len(changes) ** 0.5 / stdev(changes)
+    return f"{mean(changes):+.1%} | {t:+.1f} | {sum(x < 0 for x in changes)}"
 
 
 def _of_clips(rows: list[dict[str, Any]]) -> str:

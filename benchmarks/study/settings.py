@@ -18,6 +18,7 @@ DENSITIES = (0.05, 0.1, 0.2, 0.3)
 BOX = (4, 4, 4)
 CHUNKS = (8, 48, 72)
 UNPOOLED = ("Radial", "Neighborhood", "BlockMixture", "SparseLinear")
+DEFAULT = "default"  # row of `choices`, with which the others are paired
 POOLED = ("Piecewise", "PISA", "PISA, raster", "Sol-Attn", "Sol-Attn, raster")
 
 

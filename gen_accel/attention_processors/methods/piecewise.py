@@ -6,8 +6,9 @@ References:
     8604494 (MIT).
     "Sol-Attn", 2026, https://arxiv.org/abs/2607.24027; public kernels of NVlabs/Sana, branch
     sol-engine at 44b9354 (Apache-2.0).
-    The golden cases hold the answers of both. The rest around mean queries and the scores by all
-    keys and by pooled attention are our own.
+    The golden cases hold the answers of both. The rest around mean queries and the score by pooled
+    attention are our own. Scores by all keys have relatives in Zhou et al., "SVG-EAR", 2026,
+    https://arxiv.org/abs/2603.08982, and in SGLang's SubBlock: docs/methods/piecewise.md.
 """
 
 import math
