@@ -30,11 +30,14 @@ class Tokens(NamedTuple):
         before: number of other tokens before the grid.
         past: number of the grid's first frames that are keys alone, from a cache. Where there are
             some, all that is beside the grid is keys alone too.
+        causal: frames of a block, if each sees itself and the blocks before it alone; 0: all see
+            all.
     """
 
     video: VideoShape
     before: int = 0
     past: int = 0
+    causal: int = 0
 
     @property
     def first(self) -> int:

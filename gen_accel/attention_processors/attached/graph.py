@@ -77,14 +77,14 @@ def attend_in_graph(layer: Layer, processor: SparseProcessor, call: Call) -> Ten
 
 def _grid(handle: Shared) -> list[int]:
     """Grid that is traced with a model that is one graph: frames, height, width, text, tokens
-    before the grid, frames without queries, and the text tokens of each sample. Empty otherwise:
-    the pass was read before the graph began."""
+    before the grid, frames without queries, frames of a causal block, and the text tokens of each
+    sample. Empty otherwise: the pass was read before the graph began."""
     passing = handle.passing
     if not passing.is_one_graph or passing.clock.tokens is None:
         return []
-    video, before, past = passing.clock.tokens
+    video, *places = passing.clock.tokens
     assert not video.parts, "which are read outside of graphs"
-    return [*video.grid, video.text, before, past, *(passing.clock.texts or ())]
+    return [*video.grid, video.text, *places, *(passing.clock.texts or ())]
 
 
 def _forward(
@@ -212,8 +212,9 @@ def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor
     """Run `Layer.compute`, with the refusals that a graph would swallow."""
     handle, passing = layer.handle, layer.handle.passing
     if grid:  # of the graph under way; what the pass holds are symbols
-        frames, rows, columns, text, before, past, *texts = grid
-        passing.clock.tokens = Tokens(VideoShape(frames, rows, columns, text), before, past)
+        frames, rows, columns, text, before, past, causal, *texts = grid
+        video = VideoShape(frames, rows, columns, text)
+        passing.clock.tokens = Tokens(video, before, past, causal)
         passing.clock.texts = tuple(texts) or None
     if passing.refusal is not None:
         raise passing.refusal

@@ -226,6 +226,14 @@ class Layer:
         """
         self.check(call, tokens)
         extensions, watch = self.handle.extensions, self.handle.watcher
+        if tokens.causal:
+            for one in active(extensions, tokens.video):
+                raise ValueError(
+                    f"{one.name} goes over all frames, and {self.name} hides those after causal "
+                    f"blocks of {tokens.causal}: leave {one.name} out, or the blocks"
+                )
+            parts = in_blocks(call, tokens)
+            return torch.cat([self.compute(*part, why, state, record) for part in parts], 1)
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
         gate = None if call.gate is None or why is not None else _completed(call, tokens)
@@ -508,7 +516,7 @@ class MethodRun:
         UNet and to the heads of this process."""
         method = self.layer.method_now() if self.full is None else self.full
         tokens = self.handle.passing.clock.tokens
-        if tokens is not None and tokens.video != video:
+        if tokens is not None and not tokens.causal and tokens.video != video:
             method = method.within(video, tokens.video)
         return method if self.call.heads is None else method.for_heads(self.call.heads)
 
@@ -559,6 +567,20 @@ class PlanRunner(kernels.Runner):
         if self._counted:
             run.plans.append((plan, q.shape[1]))
         return out
+
+
+def in_blocks(call: Call, tokens: Tokens) -> Iterator[tuple[Call, Tokens]]:
+    """Yield a call for each block of frames of a causal grid, whose keys are its own and those
+    before it. The mask that says so is left out."""
+    frames, height, width = tokens.video.grid
+    frame = height * width
+    for past in range(0, frames, tokens.causal):
+        end = min(past + tokens.causal, frames)
+        own = slice(past * frame, end * frame)
+        q, gate = call.q[:, own], None if call.gate is None else call.gate[:, own]
+        k, v = call.k[:, : own.stop], call.v[:, : own.stop]
+        part = call._replace(q=q, k=k, v=v, mask=None, gate=gate)
+        yield part, Tokens(VideoShape(end, height, width), past=past)
 
 
 def asked(plan: Plan, tokens: Tokens) -> Plan:

@@ -56,6 +56,7 @@ from gen_accel.attention_processors.families.sites import (
     in_patches,
     split_tokens,
 )
+from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.registry import LAST
 from gen_accel.video import VideoShape
 
@@ -565,8 +566,8 @@ def _windows(config: Config, clip: VideoShape, steps: int) -> list[Pass]:
 
 class SkyReels(WanTrained):
     """Tokens are those of Wan. Diffusion forcing gives each frame a timestep of its own, (B,
-    frames); in causal blocks (`num_frame_per_block` above 1) it also hides later frames by a mask,
-    and sparse attention refuses the call."""
+    frames). In causal blocks (`num_frame_per_block` above 1) a mask hides later ones. Methods run
+    block after block there, each with what comes before it as keys alone."""
 
     models = "SkyReels-V2"
     # Frames of the 540P models, and of the pipelines. The 720P models, whose configs are the same,
@@ -625,6 +626,10 @@ class SkyReels(WanTrained):
         ),
     }
     comfyui = {name: Wan.comfyui[name] for name in ("blocks", "")}
+
+    def tokens(self, transformer: Model, given: Given) -> Tokens:
+        tokens, block = super().tokens(transformer, given), transformer.config.num_frame_per_block
+        return tokens._replace(causal=block if 1 < block < tokens.video.frames else 0)
 
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         given = super().inputs(transformer, video, text, batch)

@@ -15,13 +15,10 @@ from diffusers import (
     CogVideoXPipeline,
     HunyuanVideoPipeline,
     LTXPipeline,
-    SkyReelsV2Transformer3DModel,
     WanPipeline,
 )
 from support import hunyuan, wan
 from support.image_models import cogvideox, ltx
-from support.methods import WINDOW
-from support.tiny.skyreels import forced_inputs
 from torch import Tensor
 
 from gen_accel import Dense, VideoShape, attach
@@ -151,19 +148,6 @@ def test_the_true_grid_is_what_attends(name):
     for true, held, found in grids(name, sizes, range(17, 242, 56)):
         assert held == true
         assert found == {true.tokens}
-
-
-def test_frames_hidden_by_causal_blocks_are_refused():
-    model = wan.transformer(kind=SkyReelsV2Transformer3DModel, num_frame_per_block=2)
-    given = forced_inputs(4, 3, 5)
-    stock = model(**given).sample
-    with attach(model, Dense()):
-        assert torch.equal(model(**given).sample, stock)
-    with (
-        attach(model, WINDOW),
-        pytest.raises(ValueError, match="a mask that hides more than padding"),
-    ):
-        model(**given)
 
 
 def test_coordinates_that_are_no_whole_frames_are_refused():
