@@ -302,8 +302,8 @@ class StepTracer:
         model = self.subject.config
         size = self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
+        chunk = self.config.chunk_frames * self.subject.patch[0]
         if self.config.objective == CAUSAL:  # sizes between those that train are whole chunks too
-            chunk = self.config.chunk_frames * self.subject.patch[0]
             sides[0] = max(2 * chunk, sides[0] // chunk * chunk)
         channels = self.family.latent_channels(model)
         with self._mode:
@@ -327,6 +327,11 @@ class StepTracer:
         conditions = {name: torch.stack([x] * size) for name, x in each.items()}
         if self.family.training.takes_fps:
             conditions["fps"] = torch.full((size,), float(self.config.fps or 24))
+        if self.config.objective == CAUSAL:  # of each chunk, as captions change
+            count = sides[0] // chunk
+            conditions = {
+                name: x[:, None].expand(-1, count, *x.shape[1:]) for name, x in conditions.items()
+            }
         uncond = conditions if self.config.teacher_guidance > 1 else None
         sigma = torch.full((size,), level)
         return Batch(clean, noise, sigma, conditions, None, uncond, sound=sound, sound_noise=sound)

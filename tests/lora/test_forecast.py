@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.paths import ROOT
 
-from gen_accel.lora import TrainConfig, forecast_training
+from gen_accel.lora import TrainConfig, forecast_training, read_config
 from gen_accel.lora.step_trace import StepTracer
 from gen_accel.measure.cost.forecast import STEP
 from gen_accel.measure.cost.model import cast, subject_of
@@ -146,6 +146,38 @@ def test_14b_at_161_frames_on_one_24_gb_card():
     assert large.advice is not None
     assert [one.option for one in large.advice.changes] == ["gradient_checkpointing offload"]
     assert large.advice.fits
+
+
+# Configs for streams, to the card that each says it fits.
+CARDS = {
+    "hunyuan_video-1.5-causal": "h100",
+    "ltx-2-causal": "h100",
+    "ltx-video-causal": "4090",
+    "skyreels-v2-1.3b-causal": "4090",
+    "skyreels-v2-14b-causal": "h100",
+    "wan2.1-1.3b-causal": "4090",
+    "wan2.1-14b-causal": "h100",
+}
+
+
+def _of_day(name):
+    slowest = name.startswith("hunyuan")  # takes two minutes
+    return pytest.param(name, marks=[pytest.mark.nightly] if slowest else [])
+
+
+@pytest.mark.turns(3)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", map(_of_day, CARDS))
+def test_a_config_for_streams_fits_its_card(name):
+    path = ROOT / "configs" / "lora" / f"{name}.yaml"
+    card = {"4090": "24 GB", "h100": "80 GB"}[CARDS[name]]
+    assert f"one card of {card}" in " ".join(path.read_text().replace("#", "").split())
+    [verdict] = forecast_training(read_config(path), gpus=[CARDS[name]], here=False).verdicts
+    assert verdict.fits
+
+
+def test_every_config_for_streams_has_a_card():
+    assert {path.stem for path in (ROOT / "configs" / "lora").glob("*-causal.yaml")} == {*CARDS}
 
 
 @pytest.mark.nightly
