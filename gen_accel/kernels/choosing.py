@@ -53,9 +53,9 @@ def block_deviations(x: Tensor, slots: Slots, block: int, kernel: str = "auto") 
         kernel: name of the attention kernel.
     """
     if triton_serves(kernel, x):
-        from gen_accel.kernels.triton import pooling  # imports triton, which may be missing
+        from gen_accel.kernels.triton import launch, pooling  # import triton, which may be missing
 
-        return pooling.block_deviations(x, slots.slots_int32, block)
+        return launch.operate(pooling.block_deviations, x, slots.slots_int32, block)
     mean = block_means(x, slots, block, kernel)
     wide = torch.promote_types(x.dtype, torch.float32)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square()
@@ -70,9 +70,9 @@ def _sums_by_triton(kernel: str, x: Tensor) -> bool:
 
 
 def _by_triton(x: Tensor, slots: Slots, block: int, *, mean: bool) -> Tensor:
-    from gen_accel.kernels.triton import pooling  # imports triton, which may be missing
+    from gen_accel.kernels.triton import launch, pooling  # import triton, which may be missing
 
-    return pooling.block_sums(x, slots.slots_int32, block, mean)
+    return launch.operate(pooling.block_sums, x, slots.slots_int32, block, mean)
 
 
 @torch.no_grad()

@@ -230,6 +230,43 @@ def test_a_chunk_is_what_the_cache_holds_or_fills_the_card(size, warps, pairs):
     assert groups * 32 == pairs
 
 
+class Operator:
+    """Says by which way it ran."""
+
+    def __call__(self, *given, **options):
+        return "operator"
+
+    def _init_fn(self, *given, **options):
+        return "body"
+
+
+def test_the_body_of_an_operator_runs_where_nothing_is_to_see_it():
+    run, x = launch.operate, torch.ones(2)
+    assert run(Operator(), x, wide=True) == "body"
+    weight = torch.nn.Parameter(x)
+    with torch.no_grad():
+        assert run(Operator(), weight) == "body"
+    assert run(Operator(), x, weight) == "operator"
+    with Launches():
+        assert run(Operator(), x) == "operator"
+    with torch.autograd.forward_ad.dual_level():
+        assert run(Operator(), x) == "operator"
+    ways = []
+    torch.func.vmap(lambda one: (ways.append(run(Operator(), one)), one)[1])(torch.ones(2, 2))
+
+    class Own(torch.Tensor):
+        pass
+
+    ways.append(run(Operator(), x.as_subclass(Own)))
+
+    @torch.compile(backend="eager")
+    def compiled(one):
+        return one + (run(Operator(), one) == "operator")
+
+    assert ways == ["operator"] * 2
+    assert torch.equal(compiled(x), x + 1)
+
+
 def test_a_repeated_launch_passes_what_the_first_one_did_but_new_numbers():
     """By the compiled kernel, which takes the constants in the order of the kernel."""
     done = []

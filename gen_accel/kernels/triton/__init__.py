@@ -73,10 +73,11 @@ class TritonKernel(Kernel):
             wide: return the output in fp32, before it is rounded.
         """
         from gen_accel.kernels.triton import block_sparse, gathered  # import triton
+        from gen_accel.kernels.triton.launch import operate
 
         if gathered.serves(plan):
             return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
-        return block_sparse.attention(q, k, v, *prepare(plan), scale, wide=wide)
+        return operate(block_sparse.attention, q, k, v, *prepare(plan), scale, wide=wide)
 
     def continued(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, begun: Attended, *, scale: float
@@ -98,11 +99,12 @@ def continued(
 ) -> bool:
     """Run `Kernel.continued` block by block, with products of 8 bits if it `rounds`."""
     from gen_accel.kernels.triton import block_sparse  # imports triton
+    from gen_accel.kernels.triton.launch import operate
 
     made = prepare(plan)
     lists = made.slots, made.rows, made.row_counts, made.rule, made.gain
     numbers = made.block_q, made.block_k, made.raster, scale, rounds
-    block_sparse.continued(*begun, q, k, v, *lists, *numbers)
+    operate(block_sparse.continued, *begun, q, k, v, *lists, *numbers)
     return True
 
 

@@ -35,6 +35,7 @@ from gen_accel.kernels.triton.launch import (
     laid_out_alike,
     launch,
     launch_blocks,
+    operate,
     rows,
     rowwise,
 )
@@ -261,7 +262,7 @@ def with_means(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, 
     times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.counted_blocks())
     numbers = plan.block_q, plan.block_k, scale
     given = plan.slots_int32, *times, *plan.held, *numbers
-    rise, weight, _, _, *means = torch.ops.gen_accel.triton_curve(q, k, *given)
+    rise, weight, _, _, *means = operate(curve, q, k, *given)
     return rise, weight, *means
 
 

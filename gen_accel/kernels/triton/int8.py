@@ -41,11 +41,12 @@ class TritonInt8(Kernel):
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
         from gen_accel.kernels.triton import block_sparse  # imports triton
+        from gen_accel.kernels.triton.launch import operate
 
         made = prepare(plan)
         lists = made.slots, made.rows, made.row_counts, made.rule, made.gain
         sizes = plan.block_q, plan.block_k, scale, wide
-        return block_sparse.int8_attention(q, k, v, *lists, *sizes)
+        return operate(block_sparse.int8_attention, q, k, v, *lists, *sizes)
 
     def continued(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, begun: Attended, *, scale: float

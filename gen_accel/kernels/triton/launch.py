@@ -1,11 +1,14 @@
 """Launch of Triton kernels, in one place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.library import CustomOpDef
 
+from gen_accel.kernels.base import is_forward_mode
 from gen_accel.kernels.triton import configs
 
 if TYPE_CHECKING:
@@ -16,12 +19,28 @@ if TYPE_CHECKING:
 # rounded, vast scores would not match their maximum. Unfused costs no more, as the maximum is
 # taken of the products.
 APART = ("forward_kernel", "gathered_forward_kernel", "int8_forward_kernel")
+PLAIN = Tensor, nn.Parameter  # no DTensor, nor another class of its own ways
 
 
 def fuses(kernel: "JITFunction", constants: Mapping[str, object]) -> bool:
     """Whether products and sums of a kernel are fused. Over packed operands they are, where the
     maximum is taken before the scale."""
     return kernel.__name__ not in APART or bool(constants.get("PACKED"))
+
+
+def operate(operator: CustomOpDef, *given: Any, **options: Any) -> Any:
+    """Run an operator of this package: by its body alone where no graph, gradient, mode or
+    transformation of torch is to see an operator, which saves the host a tenth of a millisecond.
+    """
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        grad = torch.is_grad_enabled()
+        is_plain = not is_forward_mode() and peek_interpreter_stack() is None
+        for x in given:
+            if isinstance(x, Tensor):
+                is_plain &= type(x) in PLAIN and not (grad and x.requires_grad)
+        if is_plain:
+            return operator._init_fn(*given, **options)
+    return operator(*given, **options)
 
 
 def device_of(x: Tensor) -> torch.accelerator.device_index:

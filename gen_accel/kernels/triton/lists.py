@@ -131,14 +131,15 @@ def listed_pairs(row: Tensor, column: Tensor, whole: Tensor, rows: int) -> tuple
 
 
 def _counted(plan: Plan, backward: bool) -> TritonLists:
+    from gen_accel.kernels.triton.launch import operate
     from gen_accel.kernels.triton.listing import block_lists  # imports triton
 
     keep, whole = plan.keep, plan.maskless().expand(plan.keep.shape)
     entries = plan.entries or keep.shape[2] * keep.shape[3]
-    rows = block_lists(keep, whole, entries)
+    rows = operate(block_lists, keep, whole, entries)
     columns = None, None
     if backward:
-        columns = block_lists(keep.mT, whole.mT, entries)
+        columns = operate(block_lists, keep.mT, whole.mT, entries)
     return _as_lists(plan, rows, columns)
 
 

@@ -20,7 +20,7 @@ from gen_accel.kernels.base import Context, Kernel, Values
 from gen_accel.kernels.triton import configs, slope
 from gen_accel.kernels.triton import curve as curves
 from gen_accel.kernels.triton import rest_launches as launches
-from gen_accel.kernels.triton.launch import empty_out, launch, rows, rowwise
+from gen_accel.kernels.triton.launch import empty_out, launch, operate, rows, rowwise
 from gen_accel.kernels.triton.pooling import spread_kernel
 from gen_accel.kernels.triton.rest_columns import common_of
 from gen_accel.kernels.triton.sparse_backward import delta_of
@@ -62,7 +62,7 @@ def pooled(
     leaves = q, k, v, rise, weight
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     made = slope.state_of(k, v, plan) if sloped and not grad else None
-    out, lse, _ = torch.ops.gen_accel.triton_rest(q, k, v, *given, made, *numbers, wide=grad)
+    out, lse, _ = operate(rest, q, k, v, *given, made, *numbers, wide=grad)
     return slope.added(out, q, k, v, plan, scale=scale) if sloped and grad else out, lse
 
 
@@ -308,7 +308,7 @@ def spread(query_means: Tensor, k: Tensor, slots: Slots | Plan, *, scale: float)
         k: (B, H, N, D).
     """
     given = slots.slots_int32, slots.block_k, scale
-    return torch.ops.gen_accel.triton_spread(query_means, k, *given)
+    return operate(_spread, query_means, k, *given)
 
 
 @torch.library.custom_op("gen_accel::triton_spread", mutates_args=())

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import laid_out_alike, launch_blocks, rows, rowwise
+from gen_accel.kernels.triton.launch import laid_out_alike, launch_blocks, operate, rows, rowwise
 from gen_accel.kernels.triton.tiles import (
     block_mean,
     load_columns,
@@ -212,7 +212,7 @@ def added(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: fl
 
 def state_of(k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """Compute H, (B, H, D, D), without a gradient."""
-    return torch.ops.gen_accel.triton_slope_state(k, v, plan.slots_int32, plan.block_k)
+    return operate(_state, k, v, plan.slots_int32, plan.block_k)
 
 
 @torch.library.custom_op("gen_accel::triton_slope_state", mutates_args=())
