@@ -42,6 +42,7 @@ LEAVES, HIDES = "leaves", "hides"
 MOTIONS = (MOVES, BOUNCES, CIRCLES, STAYS, LEAVES, HIDES)
 FRONT, BEHIND = "in front of", "behind"
 BOUNCE = 1.4  # pixels a frame along both axes
+ALONE = 20.0  # pixels that one object alone bounces either way: it turns within 33 frames
 ORBIT, LAP = 10.0, 40.0  # radius of a circle in pixels, frames of a round
 AWAY = 32.0  # frames until what left or hid is back
 BESIDE = 3.0  # pixels between an object at rest and the edge of a picture that it leaves
@@ -236,10 +237,12 @@ def _paths(scene: Scene, time: Tensor, size: int, g: torch.Generator) -> Tensor:
         group = [slots[i] + orbit for i in range(count)]
     elif scene.motion == BOUNCES:
         alone = len(scene.groups) == count == 1
-        half = (2 if alone else 1) * quarter - radius - 1
+        half = ALONE if alone else quarter - radius - 1
+        room = size / 2 - radius - 1 - half
+        middle = size / 2 + torch.tensor([drawn(-room, room), drawn(-room, room)])
         group = []
         for i in range(count):
-            home = torch.tensor([size / 2, size / 2]) if alone else slots[i]
+            home = middle if alone else slots[i]
             phase = torch.tensor([drawn(0, 4 * half), drawn(0, 4 * half)])
             walked = torch.remainder(phase + BOUNCE * pace * time, 4 * half)
             group.append(home + (walked - 2 * half).abs() - half)

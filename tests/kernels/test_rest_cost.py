@@ -42,7 +42,7 @@ def test_products_and_bytes_are_those_of_the_kernels():
     more = rest_cost.second_order(problem)
     assert sum(work.memory for work in more) == 3 * (2 * 512 * 16 * 2)
     assert sum(work.cache for work in more) == 6 * (2 * 512 * 16 * 2) + pairs / 2
-    assert sum(work.launches for work in more) == 9
+    assert sum(work.launches for work in more) == 7
 
 
 def test_a_kernel_takes_the_longest_of_what_it_does():
