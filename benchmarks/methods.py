@@ -6,7 +6,7 @@
     python benchmarks/methods.py --clips       # whole clips; --worker 1/2, 2/2 share them
     python benchmarks/methods.py --scores      # the same by each score of Piecewise, paired
     python benchmarks/methods.py --others      # ways that were measured and not built
-    python benchmarks/methods.py --choices     # rivals of the default's choice and rest, paired
+    python benchmarks/methods.py --choices     # rivals of the default's choice and rest; --lora
     python benchmarks/methods.py --docs        # tables and pictures in docs/ and README
 
 Prompts are the first scenes of the list that the demo model is scored by, the i-th with seed i:
@@ -17,6 +17,7 @@ See README.md.
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the JSON file of --clips in results/")
     parser.add_argument("--worker", default="1/1", help="K/N: every N-th setting from K (--clips)")
     parser.add_argument("--whole", action="store_true", help="all combinations of --ablation")
+    parser.add_argument("--lora", action="store_true", help="the demo's LoRA (--choices)")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads is not None:
@@ -233,25 +235,30 @@ def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:
 
 
 def of_choices(args: argparse.Namespace, head: dict[str, Any]) -> None:
-    """Rivals of the default, prompt by prompt. A run goes on where another ended on this
-    device."""
-    path, pipe = RESULTS / "methods_choices.json", captured.pipeline()
-    video = captured.grid(args.frames)
-    facts = {"steps": STEPS_SEEN, "layers": FEWER_LAYERS}
-    facts |= {"single_tokens": [*choices.of_single_tokens(video, ROUNDS)]}
+    """Rivals of the default, prompt by prompt; with the demo's LoRA the closest ones. A run goes
+    on where another ended on this device."""
+    path = RESULTS / f"methods_choices{'_lora' if args.lora else ''}.json"
+    video, names = captured.grid(args.frames), choices.CLOSEST if args.lora else None
+    facts: dict[str, Any] = {"steps": STEPS_SEEN, "layers": FEWER_LAYERS}
+    if not args.lora:
+        facts |= {"single_tokens": [*choices.of_single_tokens(video, ROUNDS)]}
     report = head | facts | {"rows": []}
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known and not other_machine(known, head):
         report["rows"] = known["rows"]
     made = {row["prompt"] for row in report["rows"]}
-    for prompt in args.prompts:
-        if prompt in made:
-            continue
-        calls = captured.capture(pipe, [prompt], STEPS_SEEN, args.frames)
-        with torch.no_grad():
-            rows = [*choices.rows([x for x in calls if x.layer in FEWER_LAYERS], video)]
-        for row in rows:  # of all or none of a prompt
-            keep_row(report, {"prompt": prompt, **row}, path)
+    taking = captured.of_lora(args.frames) if args.lora else nullcontext(captured.pipeline())
+    with taking as pipe:
+        for prompt in args.prompts:
+            if prompt in made:
+                continue
+            guidance = 1.0 if args.lora else captured.GUIDANCE
+            calls = captured.capture(pipe, [prompt], STEPS_SEEN, args.frames, guidance)
+            with torch.no_grad():
+                some = [call for call in calls if call.layer in FEWER_LAYERS]
+                rows = [*choices.rows(some, video, names)]
+            for row in rows:  # of all or none of a prompt
+                keep_row(report, {"prompt": prompt, **row}, path)
 
 
 def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, bool]]]:

@@ -1,7 +1,8 @@
 """q, k and v of the demo model while it generates densely, to take errors of attention on."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from gen_accel import Radial, VideoShape, attach, demo
+from gen_accel import Radial, VideoShape, attach, demo, extend
+from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.demo import world
 from gen_accel.demo.detector import detect
+from gen_accel.demo.job import lora_path
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from demo_model.scoring import score
@@ -48,6 +51,17 @@ def pipeline() -> Any:
     return pipe
 
 
+@contextmanager
+def of_lora(frames: int) -> Iterator[Any]:
+    """The demo model with its LoRA for longer videos, which holds the guidance, at the positions
+    that this was trained at."""
+    pipe = pipeline()
+    pipe.load_lora_weights(lora_path())
+    pipe.fuse_lora()
+    with extend(pipe, [read_recipe(lora_path()).rope], num_frames=frames):
+        yield pipe
+
+
 def sizes(frames: int) -> dict[str, Any]:
     """Arguments of the pipeline for any prompt, without the number of steps."""
     return {
@@ -79,7 +93,11 @@ def grid(frames: int) -> VideoShape:
 
 
 def capture(
-    pipe: Any, prompts: Sequence[int], steps: Sequence[int], frames: int = FRAMES
+    pipe: Any,
+    prompts: Sequence[int],
+    steps: Sequence[int],
+    frames: int = FRAMES,
+    guidance: float = GUIDANCE,
 ) -> list[Captured]:
     """The prompted call of each layer, not the unguided one, at the given steps."""
     found: list[Captured] = []
@@ -96,7 +114,8 @@ def capture(
 
             handle.observe = observe
             try:
-                pipe(**arguments(prompt, frames), output_type="latent")
+                run = arguments(prompt, frames) | {"guidance_scale": guidance}
+                pipe(**run, output_type="latent")
             finally:
                 handle.observe = None
     return found

@@ -22,6 +22,10 @@ SLICE = {
     "asked": 0.2,
 }
 CLIP_HEADS = "PSNR, mean", "worst prompt", "best prompt", "worst frame"
+CHOICES = {
+    "choices": "Rivals of the choice and of the rest",
+    "choices_lora": "The closest of them, with the demo's LoRA",
+}
 # First words of settings that are cells of an ablation.
 PARTS = ("choice", "rest", "tile", "query")
 
@@ -49,7 +53,8 @@ def tables() -> dict[Path, list[str]]:
     if (found := result("ablation_whole")) is not None:
         parts += whole_tables(found)
     parts += score_table(found) if (found := result("scores")) is not None else []
-    parts += choice_tables(found) if (found := result("choices")) is not None else []
+    for name, title in CHOICES.items():
+        parts += choice_tables(found, name, title) if (found := result(name)) is not None else []
     parts += cost_table(read_result("rest"))
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
@@ -305,15 +310,19 @@ def score_table(report: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def choice_tables(report: dict[str, Any]) -> list[str]:
-    """Tables, one for each density: rivals of the default's choice and rest, prompt by prompt."""
-    prompts = len(report["prompts"])
+def choice_tables(report: dict[str, Any], name: str, title: str) -> list[str]:
+    """Tables, one for each density: rivals of the default's choice and rest, prompt by prompt.
+
+    Args:
+        name: of the mode, which names the result file.
+    """
+    prompts = len({row["prompt"] for row in report["rows"]})
     lines = [
-        "### Rivals of the choice and of the rest",
+        f"### {title}",
         "",
         f"Relative L2 error of attention, {report['frames']} frames, {prompts} prompts, steps "
         f"{' and '.join(map(str, report['steps']))}, {len(report['layers'])} layers, "
-        f"{report['device']}, [result file]({LINK}/methods_choices.json). The default is "
+        f"{report['device']}, [result file]({LINK}/methods_{name}.json). The default is "
         "`Piecewise` as it is on a CPU. A way has as many exact pairs of tokens, or, where it is "
         "as costly, as many products. Products of the choice, the kept blocks and the rest are "
         "counted, as a share of dense attention's. Changes are means over the prompts, and so is "
@@ -334,6 +343,8 @@ def choice_tables(report: dict[str, Any]) -> list[str]:
             changes = [row["error"] / own[row["prompt"]] - 1 for row in rows]
             lines.append(f"| {way} | {told} | {_change(way, changes)} |")
         lines.append("")
+    if "single_tokens" not in report:
+        return lines
     lines += [
         "Milliseconds of processor time beside the products of `half in extra tokens`, by torch, "
         f"{machine(report)}:",
