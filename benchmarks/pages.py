@@ -51,9 +51,12 @@ def right(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(row['right'] for row in rows)} of {len(rows)}"
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Write the mean of values, in brackets the worst and the best."""
-    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    mean, worst, best = (
+        f"{x:.{digits}f}" for x in (statistics.fmean(values), min(values), max(values))
+    )
+    return f"{mean} ({worst} to {best})"
 
 
 def _split(text: str, name: str) -> tuple[str, str, str]:

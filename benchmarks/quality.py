@@ -5,6 +5,7 @@
     python benchmarks/quality.py rest --settings none      # with "none" in their names
     python benchmarks/quality.py few --set lora=DIR        # the suite's $lora
     python benchmarks/quality.py rest --before HEAD~3      # beside what the code of a commit makes
+    python benchmarks/quality.py rest --docs               # the table of the suite's page
 
 A suite says prompts, seed, the fields that all clips have, and the settings by name, in the fields
 of `generate`. Each figure of a clip is set against its like of another setting, `against`, or of
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pages import RESULTS, machine, spread
+from pages import RESULTS, machine, read_result, spread, write_table
 from rich.progress import track
 
 from gen_accel.demo import world
@@ -72,6 +73,7 @@ class Suite:
             compared with, by default the suite's.
         beside: name of a setting.
         metrics: beside PSNR and SSIM: "vmaf", "cvvdp", "lpips".
+        page: of the repository, with marks of the suite's name for its table; None: it has none.
     """
 
     prompts: str
@@ -81,6 +83,7 @@ class Suite:
     settings: dict[str, dict[str, Any]]
     beside: str
     metrics: tuple[str, ...] = ()
+    page: str | None = None
 
     @classmethod
     def read(cls, path: Path, values: Mapping[str, str]) -> "Suite":
@@ -260,7 +263,7 @@ def _told(rows: Sequence[Row], figure: str) -> str:
     values = [float(row[figure]) for row in rows if figure in row]
     if figure in COUNTS:
         return f"{int(sum(values))} of {len(values)}"
-    return spread(values) if values else ""
+    return spread(values, 3 if figure == "ssim" else 1) if values else ""
 
 
 def _between(found: Difference | None, in_percent: bool) -> str:
@@ -289,6 +292,13 @@ def before(commit: str, arguments: Sequence[str], work: Path) -> dict[str, list[
             subprocess.check_call(["git", "worktree", "remove", "--force", code], cwd=root)
 
 
+def write_page(suite: Suite, name: str) -> None:
+    """Put the table of a suite's result into its page, if it has one."""
+    if suite.page is not None:
+        lines = table(read_result(f"quality_{name}"))
+        write_table(HERE.parent / suite.page, name, "\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("suite", help="name of a file of benchmarks/suites, or a path")
@@ -298,6 +308,7 @@ def main() -> None:
     parser.add_argument("--before", metavar="COMMIT", help="commit to make them by as well")
     parser.add_argument("--work", type=Path, default=Path("outputs/quality"))
     parser.add_argument("--result", type=Path, help="default: results/quality_SUITE.json")
+    parser.add_argument("--docs", action="store_true", help="write the table alone")
     args = parser.parse_args()
     path = Path(args.suite)
     if not path.suffix:
@@ -305,6 +316,9 @@ def main() -> None:
     suite = Suite.read(path, dict(pair.split("=", 1) for pair in args.set))
     if args.clips is not None:
         suite = Suite(**vars(suite) | {"clips": args.clips})
+    if args.docs:
+        write_page(suite, path.stem)
+        return
     torch.set_num_threads(1)
     against = {name: suite.role(name, "against") for name in suite.settings}
     report: dict[str, Any] = environment() | {"clips": suite.clips, "against": against, "runs": {}}
@@ -325,6 +339,8 @@ def main() -> None:
             report["against"] |= {name: f"{name}, before", f"{name}, before": f"{name}, before"}
         if not (args.before and args.result is None):  # a comparison of two versions is no result
             write_json(result, report)
+    if not (args.before or args.result or args.settings):
+        write_page(suite, path.stem)
     print("\n".join(table(report)))
 
 

@@ -87,10 +87,11 @@ def main() -> None:
         torch.set_num_threads(1)
         recipe = read_recipe(args.lora)
         kept = {name: getattr(recipe, name) for name in ("rank", "steps", "frames", "stream")}
-        report |= environment() | {"lora": kept}
+        report["lora"] = kept
         for name in args.settings:
             rows = clips(name, args)
             report["runs"].setdefault(str(args.frames), {})[name] = rows
+            report.setdefault("machines", {})[str(args.frames)] = environment()
             write_json(RESULT, report)
     write_table(DOCS, "results", "\n".join(table(report)))
 
@@ -176,11 +177,16 @@ def speed(row: dict[str, Any], share: slice) -> float:
 
 def table(report: dict[str, Any]) -> list[str]:
     """Rows of a table of all runs."""
-    lora = report["lora"]
+    lora, machines = report["lora"], report["machines"]
+    by_machine = itertools.groupby(sorted(machines, key=int), lambda one: machine(machines[one]))
+    where = "; ".join(
+        f"{' and '.join(f'{int(one):,}' for one in frames)} frames on {name}"
+        for name, frames in by_machine
+    )
     lines = [
         f"The demo model with its LoRA for streams (rank {lora['rank']}, {lora['steps']} steps on "
         f"clips of {lora['frames']} frames), {STEPS} steps a chunk, guidance {GUIDANCE:g}; "
-        f"{machine(report)}. Right: clips whose colour, shape and direction are as asked, in each "
+        f"{where}. Right: clips whose colour, shape and direction are as asked, in each "
         "quarter of the video. Strict: right, at its pace, and so in every quarter. Seconds: of "
         "the processor, for a frame after the first chunks and at the end.",
         "",

@@ -14,6 +14,15 @@ def test_the_tables_are_made_from_the_results(from_benchmarks):
     made[few.DOCS] = [*few.table(pages.read_result("few_steps"))]
     streams = from_benchmarks("streaming")
     made[streams.DOCS] = streams.table(pages.read_result("streaming"))
+    judge, quality = from_benchmarks("judge"), from_benchmarks("quality")
+    named = {"judge": (judge.DOCS, judge.table(pages.read_result("judge")))}
+    for file in (ROOT / "benchmarks" / "suites").glob("*.yaml"):
+        suite = quality.Suite.read(file, {})
+        if suite.page is not None:
+            told = quality.table(pages.read_result(f"quality_{file.stem}"))
+            named[file.stem] = (ROOT / suite.page, told)
+    for name, (path, lines) in named.items():
+        assert pages.table_in(path.read_text("utf-8"), name) == "\n".join(lines), path
     for path, lines in made.items():
         assert pages.table_in(path.read_text("utf-8"), "results") == "\n".join(lines), path
     for name, (result, lines) in from_benchmarks("student_steps").TABLES.items():
