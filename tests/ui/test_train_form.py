@@ -72,7 +72,7 @@ def test_controls_speak_in_words(form):
 
 
 def test_an_error_speaks_of_the_controls(form):
-    needs = "Steps between sample videos needs Prompts of samples"
+    needs = "Steps between sample videos 30 needs Prompts of samples, got none"
     with pytest.raises(ValueError, match=needs):
         form.read(entered(form, validate_every=30))
 

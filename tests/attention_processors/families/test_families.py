@@ -244,7 +244,7 @@ def test_a_method_is_attention_over_the_grid_and_its_text(case, method):
 
 def by_hand(method: Any, call: Call, tokens: Tokens, branch: Any) -> Tensor:
     """(B, N, H, D), NaN where nothing is expected: in the padding of a text."""
-    video, before, past = tokens
+    video, before, past, _ = tokens
     size = call.k.shape[1]
     grid = range(before, before + video.video_tokens)
     others = [place for place in range(size) if place not in grid]
