@@ -307,7 +307,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--before", metavar="COMMIT", help="commit to make them by as well")
     parser.add_argument("--work", type=Path, default=Path("outputs/quality"))
-    parser.add_argument("--result", type=Path, help="default: results/quality_SUITE.json")
+    parser.add_argument(
+        "--result",
+        type=Path,
+        help="default: results/quality_SUITE.json, of a part "
+        "of the suite or with --before a file under --work",
+    )
     parser.add_argument("--docs", action="store_true", help="write the table alone")
     args = parser.parse_args()
     path = Path(args.suite)
@@ -325,21 +330,19 @@ def main() -> None:
     then: dict[str, list[Row]] = {}
     if args.before is not None:
         given = [x for one in args.set for x in ("--set", one)]
-        given += [
-            "--clips",
-            str(suite.clips),
-            *(["--settings", *args.settings] * bool(args.settings)),
-        ]
+        given += ["--clips", str(suite.clips)]
+        given += ["--settings", *args.settings] if args.settings else []
         then = before(args.before, [str(path.resolve()), *given], args.work.resolve() / path.stem)
-    result = args.result or RESULTS / f"quality_{path.stem}.json"
+    is_whole = args.clips is None and not args.settings and args.before is None
+    own = RESULTS / f"quality_{path.stem}.json" if is_whole else args.work / f"{path.stem}.json"
+    result = args.result or own
     for name, rows in made(suite, args.work / path.stem / "now", args.settings):
         report["runs"][name] = rows
         if name in then:
             report["runs"][f"{name}, before"] = then[name]
             report["against"] |= {name: f"{name}, before", f"{name}, before": f"{name}, before"}
-        if not (args.before and args.result is None):  # a comparison of two versions is no result
-            write_json(result, report)
-    if not (args.before or args.result or args.settings):
+        write_json(result, report)
+    if is_whole and args.result is None:
         write_page(suite, path.stem)
     print("\n".join(table(report)))
 

@@ -1,6 +1,7 @@
 """Settings in pairs: what a suite makes once, how it scores, and what differs for certain."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,3 +131,26 @@ def test_the_suites_that_are_here_are_whole(quality, from_benchmarks):
     for frames, steps in few.RUNS:
         found = few.suite(frames, steps)
         assert found.beside == next(iter(found.settings)) == "dense"
+
+
+def test_a_part_of_a_suite_replaces_neither_its_result_nor_its_table(
+    quality, tmp_path, monkeypatch
+):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- suite -->\n\n<!-- /suite -->")
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.replace("$steps", "4") + f"page: {page}\n")
+    for name in ("quality", "pages"):
+        module = quality if name == "quality" else sys.modules["pages"]
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    command = ["quality.py", str(path), "--work", str(tmp_path / "work")]
+    for part in (["--clips", "2"], ["--settings", "right"]):
+        monkeypatch.setattr(sys, "argv", command + part)
+        quality.main()
+        assert (tmp_path / "work" / "suite.json").exists()
+        assert not (tmp_path / "results").exists()
+        assert "| density |" not in page.read_text()
+    monkeypatch.setattr(sys, "argv", command)
+    quality.main()
+    assert (tmp_path / "results" / "quality_suite.json").exists()
+    assert "| density |" in page.read_text()

@@ -60,7 +60,7 @@ def test_clusters_of_equal_tokens_are_exact(choices, call):
 
 
 def test_a_tree_makes_full_groups_of_neighbours(choices):
-    """Of numbers on a line, each group is an interval."""
+    """Groups of numbers on a line are intervals."""
     line = torch.randperm(300, generator=torch.Generator().manual_seed(0)).float()
     groups = choices.tree(line[None, None, :, None].expand(-1, -1, -1, 4), 5)[0, 0]
     assert sorted(groups.bincount().tolist()) == [44, 64, 64, 64, 64]

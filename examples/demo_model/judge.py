@@ -18,8 +18,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 
 import cv2
 import numpy as np
@@ -74,7 +74,7 @@ SCORED = 500_000_000  # seeds of the scenes that are scored
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a clip, or a part of it, gets right; None where nothing tells."""
+    """Parts of a caption that a clip, or a piece of it, gets right; None where nothing tells."""
 
     count: bool | None
     color: bool | None
@@ -128,16 +128,11 @@ def judge(video: np.ndarray | torch.Tensor, scene: Scene) -> Verdict:
         video: (F, H, W, 3) uint8, 96 pixels high and wide or more.
     """
     seen = Seen(np.asarray(video), scene)
-    parts = np.array_split(np.arange(len(seen.labels)), QUARTERS)
-    whole = seen.look(np.arange(len(seen.labels)))
-    told = {"motion": seen.motion(), "depth": seen.depth()}
-    pans = seen.pans()
-    found = Judgement(
-        **{one.name: told.get(one.name, getattr(whole, one.name)) for one in fields(whole)}
-    )
-    if pans is False:
-        found = Judgement(**vars(found) | {"background": False})
-    return Verdict(found, tuple(map(seen.look, parts)))
+    frames = np.arange(len(seen.labels))
+    whole = seen.look(frames)
+    background = whole.background and seen.pans() is not False
+    whole = replace(whole, motion=seen.motion(), depth=seen.depth(), background=background)
+    return Verdict(whole, tuple(map(seen.look, np.array_split(frames, QUARTERS))))
 
 
 @dataclass(frozen=True)
@@ -203,7 +198,7 @@ class Seen:
         if number == 0 and self.scene.depth == BEHIND:  # seldom are all to be seen at once
             is_part = len(frames) < len(self.labels)
             many = (found > group.count).mean() > EXTRA
-            is_right = False if many else None if is_part else self._tracks() is not None
+            is_right = False if many else None if is_part else self.tracks is not None
         else:
             is_right = bool((found == group.count).mean() >= AGREE)
         views = [piece for row in clear for piece in row]
@@ -215,18 +210,19 @@ class Seen:
 
     def motion(self) -> bool | None:
         """Whether each object goes its way."""
-        tracks = self._tracks()
+        tracks = self.tracks
         if tracks is None:
             return False
         if self.scene.other is not None:
-            places = self._whole(1)
+            places = self.other
             if not (np.nanmax(places, axis=0) - np.nanmin(places, axis=0) < REST).all():
                 return False
         return all(map(self._goes, tracks))
 
-    def _whole(self, number: int) -> np.ndarray:
-        """(F, 2) places of a group of one, NaN where much of it is covered."""
-        largest = [max(row, key=lambda p: p.area, default=None) for row in self.pieces[number]]
+    @cached_property
+    def other(self) -> np.ndarray:
+        """(F, 2) places of the other object, NaN where much of it is covered."""
+        largest = [max(row, key=lambda p: p.area, default=None) for row in self.pieces[1]]
         most = max((piece.area for piece in largest if piece is not None), default=0)
         found = np.full((len(largest), 2), np.nan)
         for i, piece in enumerate(largest):
@@ -234,7 +230,8 @@ class Seen:
                 found[i] = piece.x, piece.y
         return found
 
-    def _tracks(self) -> list[np.ndarray] | None:
+    @cached_property
+    def tracks(self) -> list[np.ndarray] | None:
         """(F, 2) places of each object of the group, NaN where much of it is covered; None if the
         pieces are not those of so many objects on their ways."""
         group, rows = self.scene.group, self.pieces[0]
@@ -313,7 +310,7 @@ class Seen:
                 continue
             ends = track[[before, after]]
             if self.scene.motion == HIDES:
-                place = np.nanmedian(self._whole(1), axis=0)
+                place = np.nanmedian(self.other, axis=0)
                 gaps = np.linalg.norm(ends - place, axis=1)
                 if (ends[0] - place) @ (ends[1] - place) < 0:  # it came out on the other side
                     return False
@@ -334,7 +331,7 @@ class Seen:
         scene = self.scene
         if scene.depth is None or scene.motion == HIDES:  # being gone tells
             return None
-        tracks, whole = self._tracks() or [], self._whole(1)
+        tracks, whole = self.tracks or [], self.other
         if np.isnan(whole).all():
             return False
         place, size = np.nanmedian(whole, axis=0), np.array(self.labels.shape[:0:-1], float)
@@ -475,7 +472,7 @@ def _sag(group: Group) -> float:
 
 
 def _due(track: dict[int, np.ndarray], frame: int) -> np.ndarray:
-    """Where an object is in a frame, if it goes on as in the last ones that show it.
+    """Place of an object in a frame, if it goes on as in the last ones that show it.
 
     Args:
         track: places by frame.

@@ -74,7 +74,8 @@ class Scene:
 
     Args:
         group: objects that move, at most four with the other one.
-        motion: of `MOTIONS`. Without a direction, or with one of `DIRECTIONS` where it has any.
+        motion: of `MOTIONS`.
+        direction: of `DIRECTIONS`, for `MOVES` and `LEAVES`.
         speed: of `SPEEDS`, for `MOVES`.
         other: one large object that stays still, of another colour.
         depth: `FRONT` or `BEHIND` where the path of the group crosses the other one.
@@ -148,9 +149,7 @@ def draw(scene: Scene, *, frames: int, seed: int, size: int = 96) -> Film:
     g = torch.Generator().manual_seed(seed)
     centers = _paths(scene, torch.arange(frames), size, g)
     order = [*range(len(centers))]
-    if scene.depth == BEHIND or scene.motion == HIDES:
-        order.sort()
-    elif scene.depth == FRONT:
+    if scene.depth == FRONT:
         order = [order[-1], *order[:-1]]
     video = _background(scene, frames, size, g)
     pixels = torch.arange(size) + 0.5
@@ -248,7 +247,7 @@ def _paths(scene: Scene, time: Tensor, size: int, g: torch.Generator) -> Tensor:
             group.append(home + (walked - 2 * half).abs() - half)
     else:
         group = [(slots[i] + start).expand(len(time), 2) for i in range(count)]
-    still = (slots[-1]).expand(len(time), 2)
+    still = slots[-1].expand(len(time), 2)
     return torch.stack([*group, *([still] if scene.other else [])])
 
 

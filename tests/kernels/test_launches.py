@@ -255,7 +255,7 @@ def test_the_body_of_an_operator_runs_where_nothing_is_to_see_it():
     torch.func.vmap(lambda one: (ways.append(run(Operator(), one)), one)[1])(torch.ones(2, 2))
 
     class Own(torch.Tensor):
-        pass
+        """A tensor of ways of its own."""
 
     ways.append(run(Operator(), x.as_subclass(Own)))
 

@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int], dict[str, Any]]] = {
 
 
 def made(pipe: Any, run: Callable[[], object]) -> Counter[Seen]:
-    """What the calls of a pipeline's transformer attend to, and how often."""
+    """Counts of the calls of a pipeline's transformer, by what they attend to."""
     model, seen, runs = pipe.transformer, Counter[Seen](), list[int]()
     family: Any = family_of(model)
     blocks = getattr(model, "blocks", None) or model.transformer_blocks
@@ -140,7 +140,7 @@ def test_keys_of_coarse_chunks_and_of_padding_are_those_of_a_call():
 
 
 def test_a_clip_of_chunks_costs_the_sum_of_its_passes():
-    """Of Helios, whose 129 frames are 4 chunks of 9 latents: the same in each."""
+    """Tokens of a call of Helios, the same in each of the 4 chunks of 9 latents of 129 frames."""
     size: dict[str, Any] = {"height": 384, "width": 640}
     found = estimate("Helios-Base", Dense(), **size, num_frames=129, steps=50)
     subject = subject_of("Helios-Base")
