@@ -98,7 +98,7 @@ def settings(thresholds: list[float]) -> list[Setting]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     pipe = captured.pipeline()
     method = method_from(args.method, args.set)
-    schedule = Schedule(dense_start=args.dense_start)
+    schedule = Schedule(dense_steps=math.ceil(args.dense_start * args.steps))
     warmup = sum(schedule.why_step(i, args.steps) is not None for i in range(args.steps))
     chosen = settings(args.thresholds)
     runs: dict[str, list[Run]] = {one.name: [] for one in chosen}

@@ -5,6 +5,7 @@ not used to fit, and the PSNR of a whole clip against the dense one of the same 
 """
 
 import argparse
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def main() -> None:
         "guidance_scale": 3.0,
         "max_sequence_length": TEXT,
     }
-    schedule = Schedule(dense_start=args.dense_start)
+    schedule = Schedule(dense_steps=math.ceil(args.dense_start * args.steps))
     report: dict[str, Any] = environment() | vars(args) | {"fit": FIT, "test": TEST, "rows": []}
     dense = [clip(pipe, prompt, args.steps, call) for prompt in TEST]
     methods = {

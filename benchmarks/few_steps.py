@@ -1,9 +1,9 @@
-"""Sparse attention in few steps: no dense step, one, or a density that falls from step to step.
+"""Which steps to keep dense, of few and of many: none, some, or a density that falls.
 
     python benchmarks/few_steps.py                       # all of it, some hours on one core
     python benchmarks/few_steps.py --only 129:4 33:4     # frames:steps
     python benchmarks/few_steps.py --only 33:8 --settings Radial cache
-    python benchmarks/few_steps.py --docs                # the table of docs/few_steps.md
+    python benchmarks/few_steps.py --docs                # the tables of docs/few_steps.md
 
 Clips of 33 frames are the demo model's, guided, by `euler`; clips of 129 frames are of its LoRA
 for longer videos, which holds its guidance, by `lcm`. Prompts and seeds are fixed: the same 16 for
@@ -12,7 +12,7 @@ that is there is not made again.
 """
 
 import argparse
-import json
+import re
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import RESULTS, machine, spread, write_table
+from pages import RESULTS, machine, read_result, spread, write_table
 from quality import Difference, Suite, made
 
 from gen_accel import Dense, Piecewise, Radial, Reuse
@@ -33,14 +33,18 @@ from gen_accel.measure.machine import environment
 from gen_accel.registry import CACHES
 
 DOCS = Path(__file__).parents[1] / "docs" / "few_steps.md"
-RESULT = RESULTS / "few_steps.json"
-RUNS = ((129, 4), (33, 4), (129, 8), (33, 8), (33, 20), (129, 20))  # frames, steps
+# Frames and steps, by the result file, which is also the name of its table on the page.
+RUNS = {
+    "few_steps": ((129, 4), (33, 4), (129, 8), (33, 8)),
+    "dense_steps": ((33, 20), (33, 50), (129, 20)),
+}
 PROMPTS, SEED, SIZE = 16, 7000, 96
 GUIDANCE, SHIFT = 3.0, {33: 3.0, 129: 11.0}
 # Shares of the mean density, of the first step to the last. The second: the error that each of
 # four steps makes by itself, to the power of 2/3, measured on other prompts and seeds. Where an
 # error is as the inverse of the density, that makes their sum least.
 SHAPES = {"falling": (1.6, 0.4), "most in the second quarter": (0.7, 1.9, 0.8, 0.6)}
+MANY = 12  # steps, from which on fewer than a quarter may be dense
 PISA: Any = {"centre": "key", "order": "first", "score": "mean", "tile": "raster"}
 SOL: Any = {"select": "threshold", "centre": "key", "score": "mean", "band": 1, "tile": "raster"}
 
@@ -49,6 +53,18 @@ def ramp(mean: float, steps: int, shares: tuple[float, ...]) -> tuple[float, ...
     """Densities of the steps: shares of their mean, on straight lines between those given."""
     along = np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(shares)), shares)
     return tuple(round(float(mean * x), 4) for x in along / along.mean())
+
+
+def fewer(steps: int) -> dict[str, dict[str, Any]]:
+    """One step, two, and a fifth of them dense: at the start, and from the second on."""
+    found = {}
+    for count in (1, 2, steps // 5):
+        for first in (1, 2):
+            last = first + count - 1
+            words = {1: f"step {first}", 2: f"steps {first} and {last}"}
+            name = words.get(count, f"steps {first} to {last}")
+            found[name] = {"dense_at": (*range(first - 1, last),)}
+    return found
 
 
 def settings(steps: int) -> dict[str, dict[str, Any]]:
@@ -60,11 +76,23 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
     if quarter == 1:
         starts.pop("second quarter")  # is that from the second step
     dense = {name: {"dense_at": (*range(n, n + quarter),)} for name, n in starts.items()}
+    if steps >= MANY:
+        dense |= fewer(steps)
     first = dense["first quarter"]
     for mean in (0.2, 0.1):
         plain = f"Piecewise({mean:g})"
         found[plain] = {"method": Piecewise(mean)}
         found |= {f"{plain}, dense: {name}": found[plain] | one for name, one in dense.items()}
+        if steps >= MANY:
+            found[f"{plain}, dense: the first layer"] = found[plain] | {"dense_layers": 1}
+            for count in (1, 2, steps // 5):
+                dense_too = mean + (1 - mean) * count / steps
+                name = f"{plain}, as costly as {count} dense: {dense_too:.3g} in all steps"
+                found[name] = {"method": Piecewise(round(dense_too, 4))}
+            half = steps // 10
+            more = mean + (1 - mean) * half / (steps - half)
+            name = f"{plain}, as costly as {2 * half} dense: {more:.3g} and {half} dense"
+            found[name] = {"method": Piecewise(round(more, 4)), "dense_at": (*range(1, 1 + half),)}
         for shape, shares in SHAPES.items():
             densities = ramp(mean, steps, shares)
             found[f"Piecewise, {mean:g} on average, {shape}"] = {"method": Piecewise(densities)}
@@ -75,6 +103,10 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
         "Radial": Radial(),
     }
     found |= {name: {"method": method} for name, method in others.items()}
+    if steps >= MANY:
+        [*_, at_first, from_second] = fewer(steps).items()
+        for name, at in (at_first, from_second):
+            found[f"Radial, dense: {name}"] = found["Radial"] | at
     after = (Radial(), Reuse(Radial()), Reuse(Piecewise(0.2)))
     names = ("Radial", "Reuse(Radial)", "Reuse(Piecewise(0.2))")
     for name, method in zip(names, after, strict=True):
@@ -107,24 +139,25 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the table of docs/few_steps.md")
     args = parser.parse_args()
     if args.docs:
-        write_table(DOCS, "results", "\n".join(table(json.loads(RESULT.read_text("utf-8")))))
+        for name in RUNS:
+            write_table(DOCS, name, "\n".join(table(read_result(name))))
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    asked = args.only or [f"{frames}:{steps}" for frames, steps in RUNS]
-    report: dict[str, Any] = {"runs": {}}
-    if RESULT.exists():
-        report = json.loads(RESULT.read_text("utf-8"))
-    for one in asked:
-        frames, steps = map(int, one.split(":"))
-        report |= environment() | {"prompts": PROMPTS, "first_seed": SEED}
-        found, known = report["runs"].setdefault(one, {}), settings(steps)
-        for name, rows in made(
-            suite(frames, steps), args.work / one.replace(":", "_"), args.settings
-        ):
-            found[name] = rows
-            report["runs"][one] = {name: found[name] for name in known if name in found}
-            write_json(RESULT, report)
+    for file, runs in RUNS.items():
+        path = RESULTS / f"{file}.json"
+        report: dict[str, Any] = {"runs": {}} | (read_result(file) if path.exists() else {})
+        for frames, steps in runs:
+            one = f"{frames}:{steps}"
+            if args.only and one not in args.only:
+                continue
+            report |= environment() | {"prompts": PROMPTS, "first_seed": SEED}
+            found, known = report["runs"].setdefault(one, {}), settings(steps)
+            work = args.work / one.replace(":", "_")
+            for name, rows in made(suite(frames, steps), work, args.settings):
+                found[name] = rows
+                report["runs"][one] = {name: found[name] for name in known if name in found}
+                write_json(path, report)
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
@@ -132,7 +165,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{report['prompts']} prompts, one seed each; {machine(report)}. Density of the sparse "
         "steps. PSNR to the dense clip of the same steps: mean (worst to best). Gain: mean "
-        "difference, clip by clip, to `Piecewise` of the same density in all steps, with its t. "
+        "difference, clip by clip, to the same method, or `Piecewise` of the same density, in all "
+        "steps, with its t. "
         "Right: clips that show what was asked, at its pace."
     )
     for one, settings in report["runs"].items():
@@ -150,10 +184,11 @@ def _row(name: str, rows: list[dict[str, Any]], settings: dict[str, Any]) -> str
         return f"| {name} | 1 | | | {right} |"
     values = [float(row["psnr_db"]) for row in rows]  # "Infinity" of equal clips
     density = statistics.fmean(row["density"] for row in rows)
-    gain = ""
-    mean = next((m for m in ("0.2", "0.1") if m in name.split(",")[0] or m in name), None)
-    plain = f"Piecewise({mean})"
-    if mean is not None and name != plain:
+    plain, gain = name.split(", ")[0], ""
+    if plain in ("dense", name) or plain not in settings:
+        mean = re.search(r"\b0\.\d\b", name.split(":")[0])
+        plain = f"Piecewise({mean[0]})" if mean else name
+    if name != plain:
         gain = str(Difference.of(values, [row["psnr_db"] for row in settings[plain]]))
     return f"| {name} | {density:.2f} | {spread(values)} | {gain} | {right} |"
 

@@ -6,7 +6,8 @@
     python benchmarks/methods.py --clips       # whole clips; --worker 1/2, 2/2 share them
     python benchmarks/methods.py --scores      # the same by each score of Piecewise, paired
     python benchmarks/methods.py --others      # ways that were measured and not built
-    python benchmarks/methods.py --choices     # rivals of the default's choice and rest; --lora
+    python benchmarks/methods.py --choices     # rivals of the default's choice and rest; --lora,
+                                               # --frames 33
     python benchmarks/methods.py --docs        # tables and pictures in docs/ and README
 
 Prompts are the first scenes of the list that the demo model is scored by, the i-th with seed i:
@@ -235,12 +236,14 @@ def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:
 
 
 def of_choices(args: argparse.Namespace, head: dict[str, Any]) -> None:
-    """Rivals of the default, prompt by prompt; with the demo's LoRA the closest ones. A run goes
-    on where another ended on this device."""
-    path = RESULTS / f"methods_choices{'_lora' if args.lora else ''}.json"
-    video, names = captured.grid(args.frames), choices.CLOSEST if args.lora else None
+    """Rivals of the default, prompt by prompt; with the demo's LoRA and at another length the
+    closest ones. A run goes on where another ended on this device."""
+    length = "" if args.frames == captured.FRAMES else f"_{args.frames}"
+    own = "_lora" if args.lora else length
+    path = RESULTS / f"methods_choices{own}.json"
+    video, names = captured.grid(args.frames), choices.CLOSEST if own else None
     facts: dict[str, Any] = {"steps": STEPS_SEEN, "layers": FEWER_LAYERS}
-    if not args.lora:
+    if not own:
         facts |= {"single_tokens": [*choices.of_single_tokens(video, ROUNDS)]}
     report = head | facts | {"rows": []}
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -38,14 +38,12 @@ class RulePreset(NamedTuple):
 
     Args:
         critical: density of `Piecewise`.
-        start: share of the first steps that stay dense.
-        steps: the least number of them.
+        start: share of the steps that stay dense, from the second on.
         layers: the first blocks that stay dense.
     """
 
     critical: float
     start: float
-    steps: int
     layers: int
 
 
@@ -79,9 +77,9 @@ KEEP_MINUTES = 10.0  # that a model stays in the memory of a page or server
 # block (Radial Attention, https://arxiv.org/abs/2506.19852, table 1), densities of 0.1 to 0.3
 # (PISA, https://arxiv.org/abs/2602.01077; SLA, https://arxiv.org/abs/2509.24006).
 RULES = {
-    "quality": RulePreset(0.3, 0.25, 1, 1),
-    "balanced": RulePreset(0.2, 0.2, 1, 1),
-    "fast": RulePreset(0.1, 0.15, 1, 0),
+    "quality": RulePreset(0.3, 0.25, 1),
+    "balanced": RulePreset(0.2, 0.2, 1),
+    "fast": RulePreset(0.1, 0.15, 0),
 }
 PRESETS = tuple(RULES)
 PRESET = "balanced"  # the attention where none is chosen
@@ -101,8 +99,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 MOST_PROMPT = 10_000
 LEAST_TOKENS = 4_000  # of a clip: below, attention is too small a part of a step to gain by
 # Below, no later steps make errors good; then as much is kept as benchmarks/results/few_steps.json
-# shows to keep clips right.
-LEAST_STEPS, LEAST_DENSITY = 10, 0.2
+# shows to keep clips right. What attention leaves out of the second step costs a clip most.
+LEAST_STEPS, LEAST_DENSITY, SECOND = 10, 0.2, 1
 MOST_TOKENS = 2_000_000  # of a grid that is drawn, or that a preset's file names
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
@@ -122,9 +120,6 @@ MESSAGES = (
 )
 
 
-FROM_SECOND = "from the second on"
-
-
 def too_small(tokens: int, steps: int, sparse: Collection[int] | None = None) -> str:
     """Say why sparse attention gains nothing in a run of so many tokens, or how it is to be set in
     so few steps; "" for larger runs, and where the steps that are `sparse` leave these dense."""
@@ -133,20 +128,13 @@ def too_small(tokens: int, steps: int, sparse: Collection[int] | None = None) ->
             f"below about {LEAST_TOKENS:,} tokens sparse attention gains nothing, and this clip "
             f"has {tokens:,}"
         )
-    dense = dense_of_few(steps)
-    if steps < LEAST_STEPS and (sparse is None or not {*dense}.isdisjoint(sparse)):
-        numbers = f"number {dense[0]}" if len(dense) == 1 else f"numbers {dense[0]} to {dense[-1]}"
+    if steps < LEAST_STEPS and (sparse is None or SECOND in sparse):
         return (
-            f"in fewer than {LEAST_STEPS} steps, {steps} here, keep a quarter of them dense "
-            f"{FROM_SECOND}, {numbers} from 0, and at least {LEAST_DENSITY:g} of the blocks"
+            f"in fewer than {LEAST_STEPS} steps, {steps} here, no later ones make errors good: "
+            f"keep a fifth of them dense, dense_start={RULES[PRESET].start:g}, which begins with "
+            f"the second, and at least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
-
-
-def dense_of_few(steps: int) -> tuple[int, ...]:
-    """Number, from 0, the steps that stay dense where they are few: a quarter of them, from the
-    second on, where what attention leaves out costs a clip most."""
-    return (*range(1, 1 + max(1, steps // 4)),)
 
 
 class InFourSteps(NamedTuple):

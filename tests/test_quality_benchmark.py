@@ -2,6 +2,7 @@
 
 import math
 import sys
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_the_suites_that_are_here_are_whole(quality, from_benchmarks):
     for path in (quality.HERE / "suites").glob("*.yaml"):
         assert quality.Suite.read(path, {}).scenes
     few = from_benchmarks("few_steps")
-    for frames, steps in few.RUNS:
+    for frames, steps in chain(*few.RUNS.values()):
         found = few.suite(frames, steps)
         assert found.beside == next(iter(found.settings)) == "dense"
 

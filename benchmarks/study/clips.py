@@ -15,7 +15,7 @@ from gen_accel.measure.quality import psnr_per_frame
 from gen_accel.pipelines import calibrate
 from study.captured import STEPS, arguments, shown, sizes
 
-SCHEDULE = Schedule(dense_start=0.2)
+SCHEDULE = Schedule(dense_steps=1, dense_start=0.15)  # the first fifth of 20
 FIT_STEPS = 4
 
 

@@ -25,6 +25,7 @@ CLIP_HEADS = "PSNR, mean", "worst prompt", "best prompt", "worst frame"
 CHOICES = {
     "choices": "Rivals of the choice and of the rest",
     "choices_lora": "The closest of them, with the demo's LoRA",
+    "choices_33": "The closest of them, at the length that the model was trained at",
 }
 # First words of settings that are cells of an ablation.
 PARTS = ("choice", "rest", "tile", "query")

@@ -151,9 +151,9 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
     gen-accel generate --from-settings cat.mp4 --seed 8 --out another.mp4
         what made cat.mp4 lies in it, for whoever gets it; --no-settings leaves it out
 
-    Without a method it is the preset balanced, with the first fifth of the steps dense, as they
-    decide what a video shows: keep them dense with a method too, --dense-start 0.2. Sizes that the
-    model cannot make are refused, with the nearest that it can.
+    Without a method it is the preset balanced, with a fifth of the steps dense from the second on,
+    as they decide what a video shows: keep them dense with a method too, --dense-start 0.2. Sizes
+    that the model cannot make are refused, with the nearest that it can.
     """
     config.check()
     if line.from_settings is not None:

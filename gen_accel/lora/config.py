@@ -323,7 +323,7 @@ class TrainConfig(Config):
         le=MOST_LAYERS,
     )
     dense_steps: int = option(
-        registry.RULES[registry.PRESET].steps,
+        0,
         "Attention",
         "Number of first denoising steps that stay dense in a generation; kept beside the LoRA.",
         ge=0,

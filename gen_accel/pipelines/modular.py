@@ -72,7 +72,13 @@ class GenAccelBlock(_AttentionBlock):
                 'options of the method, "critical=0.2 tile=4,4,4" or a list of such',
             ),
             _input("attention_kernel", str, "auto", "textbox", 'a kernel, or "auto"'),
-            _input("dense_start", float, 0.2, "slider", "first share of the steps kept dense"),
+            _input(
+                "dense_start",
+                float,
+                0.2,
+                "slider",
+                "share of steps, from the second on, kept dense",
+            ),
             _input("dense_end", float, 0.0, "slider", "last share of the steps kept dense"),
             _input("dense_steps", int, 0, "number", "number of first steps kept dense"),
             _input(

@@ -259,7 +259,7 @@ def test_a_named_preset_is_a_rule_that_warns_once(run, home, tmp_path):
         said = run(*model, *size, "--preset", "fast", "--out", tmp_path / "a.gif")
     assert len(told) == 1
     assert brief(Piecewise(presets.RULES["fast"].critical, score="pooled")) in said.stdout
-    assert "1 x dense (named step), step 1" in said.stdout
+    assert "1 x dense (first steps), step 1" in said.stdout
 
 
 def test_a_comparison_by_a_preset(run, home, tmp_path):

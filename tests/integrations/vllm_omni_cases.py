@@ -269,8 +269,8 @@ LAYERS = {
 STEPS = {
     "steps": ({"dense_steps": 2}, {0, 1}),
     "named steps": ({"dense": [1, 4]}, {1, 4}),
-    "start": ({"dense_start": 0.25}, {0, 1, 2}),
-    "both ends": ({"dense_start": 0.1, "dense_end": 0.1}, {0, 9}),
+    "start": ({"dense_start": 0.25}, {1, 2, 3}),
+    "both ends": ({"dense_start": 0.1, "dense_end": 0.1}, {1, 9}),
     "noise": ({"dense_noise": [0.9, 0.6]}, {1, 2, 3}),
 }
 

@@ -31,6 +31,7 @@ BOUNDARY = 0.875
 BOTH = {
     "part": "both",
     "stages": ("9:2", "17:2:position_interpolation"),
+    "dense_steps": 1,
     "lora_dropout": 0.2,
     "gradient_accumulation": 2,
     "schedule": "cosine",
@@ -159,7 +160,7 @@ class TestTraining:
         seen = []
         sampled = {"validate_every": 100, "validation_prompts": ("a cat",), "max_tokens": 16}
         sampled |= {"validation_steps": 4, "guidance_scale": 1.0, "dense_steps": 2}
-        given = ft.config(tmp_path / "run", **BOTH | {"stages": ("9:2",)}, **sampled)
+        given = ft.config(tmp_path / "run", **BOTH | {"stages": ("9:2",)} | sampled)
         sample = trainer.Validation.__call__
 
         def noted(validation, done):

@@ -166,7 +166,7 @@ def test_what_does_not_pay_is_said_plainly():
 
 @pytest.mark.slow
 def test_what_is_kept_from_step_to_step_is_counted():
-    given = {"schedule": Schedule(dense_layers=3, dense_start=0.2), "steps": 10, "efficiency": 0.8}
+    given = {"schedule": Schedule(dense_layers=3, dense_steps=2), "steps": 10, "efficiency": 0.8}
     inner = Radial()
     plain, found, held = (
         estimate("Wan2.1-T2V-1.3B", method, **P480, **given)

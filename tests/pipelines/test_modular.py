@@ -90,7 +90,7 @@ def test_shares_of_the_steps_are_known(pipe):
         run(pipe)
         records = handle.summary().records
     dense = {step for (_, step), record in records.items() if record.why_dense}
-    assert dense == {0, 1}
+    assert dense == {1, 2}
 
 
 @pytest.fixture(scope="module")

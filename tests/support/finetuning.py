@@ -122,6 +122,7 @@ def config(out: str | Path, **fields: Any) -> TrainConfig:
 # Everything that a continuation has to bring back.
 FULL: dict[str, Any] = {
     "stages": ("9:4", "17:4:position_interpolation"),
+    "dense_steps": 1,
     "lora_dropout": 0.3,
     "caption_dropout": 0.3,
     "batch_size": 1,

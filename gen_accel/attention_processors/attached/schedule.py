@@ -12,14 +12,16 @@ from gen_accel.parsing import Natural, check_names, check_options, shown, tuples
 class Schedule:
     """Layers and steps that run the model's own attention instead of the sparse one.
 
-    The first steps decide what a video shows. Most published quality rests on keeping the first
-    fifth of the steps dense. `dense` and `dense_noise` name others.
+    The first steps decide what a video shows, all but the very first: what attention leaves out
+    of pure noise costs a clip least (docs/few_steps.md, Which steps). Most published quality rests
+    on keeping the first fifth of the steps dense. `dense` and `dense_noise` name others.
 
     Args:
         dense_layers: the first so many blocks, or a tuple of their numbers.
         dense_steps: the first so many denoising steps.
-        dense_start, dense_end: the first and last share of the steps, 0 to 1, rounded up to whole
-            steps. They need a pipeline, which alone knows how many steps there are.
+        dense_start, dense_end: share of the steps, 0 to 1, from the second step on and to the
+            last, rounded up to whole steps: 0.2 of 20 is the second to the fifth. They need a
+            pipeline, which alone knows how many steps there are.
         dense: numbers of further dense steps, counted from 0; negative ones from the end, which
             needs a pipeline.
         dense_noise: (high, low), a range of noise levels, 1 for pure noise and 0 for none: each
@@ -119,7 +121,8 @@ class Schedule:
         if not self.needs_total:
             return None
         assert steps is not None
-        if step < math.ceil(self.dense_start * steps - 1e-9):
+        count = math.ceil(self.dense_start * steps - 1e-9)
+        if min(1, steps - count) <= step < 1 + count:
             return "first steps"
         if self.dense_end and step >= steps - math.ceil(self.dense_end * steps - 1e-9):
             return "last steps"

@@ -488,7 +488,7 @@ class MethodConfig(MethodChoice):
     """The method that is attached, and what stays dense."""
 
     dense_start: float = option(
-        0.0, "Attention", "Share of the steps that stay dense at the start, 0 to 1."
+        0.0, "Attention", "Share of the steps that stay dense, from the second on, 0 to 1."
     )
     dense_end: float = option(
         0.0, "Attention", "Share of the steps that stay dense at the end, 0 to 1."

@@ -64,11 +64,12 @@ def words_of_cache(cache: str, summary: Summary) -> str:
 
 
 def _warm_up(schedule: Schedule | None, steps: int | None) -> int:
-    """Number of steps at the start that are dense."""
+    """Number of steps until the dense ones at the start end; the very first may be sparse."""
     if schedule is None or steps is None or schedule.dense_noise is not None:
         return 0
-    dense = (schedule.why_step(step, steps) is not None for step in range(steps))
-    return next((step for step, is_dense in enumerate(dense) if not is_dense), steps)
+    sparse = schedule.sparse_steps(steps)
+    end = next((step for step in sparse if step), steps)
+    return end if end > 1 or 0 not in sparse else 0
 
 
 def _enabled(model: "ModelMixin", cache: str, warm_up: int) -> Any:

@@ -45,7 +45,7 @@ from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of
-from gen_accel.registry import FROM_SECOND, LEAST_STEPS, MOST_TOKENS, PRESETS, RULES, dense_of_few
+from gen_accel.registry import MOST_TOKENS, PRESETS, RULES
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
@@ -653,7 +653,7 @@ def choose_preset(
     if isinstance(preset, str) and preset in PRESETS:
         found = in_the_box(preset, transformer, asked)
         if found is None:
-            return by_rule(preset, schedule, asked.get("num_inference_steps"), quiet=quiet)
+            return by_rule(preset, schedule, quiet=quiet)
     elif isinstance(preset, Preset):
         found = preset
     else:
@@ -682,25 +682,18 @@ def in_the_box(
 
 
 def by_rule(
-    name: str, schedule: Schedule | None = None, steps: object = None, *, quiet: bool = False
+    name: str, schedule: Schedule | None = None, *, quiet: bool = False
 ) -> tuple[Piecewise, Schedule, None]:
-    """Return a rule for any model: the settings that published methods were measured at, with
-    other dense steps where it is known that they are few; `quiet` as `choose_preset` has it."""
+    """Return a rule for any model: the densities and dense shares that published methods were
+    measured at; `quiet` as `choose_preset` has it."""
     rule = RULES[name]
-    when = f"the first {rule.start:.0%} of the steps, {rule.steps} at least"
-    own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
-    if isinstance(steps, int) and steps < LEAST_STEPS:
-        dense = dense_of_few(steps)
-        own, when = (
-            Schedule(dense=dense, dense_layers=rule.layers),
-            f"a quarter of the steps, {FROM_SECOND}",
-        )
+    own = Schedule(dense_start=rule.start, dense_layers=rule.layers)
     chosen = Piecewise(rule.critical), own if schedule is None else schedule, None
     if quiet:
         return chosen
     said = f"Piecewise({rule.critical:g})"
     if schedule is None:
-        said += f", dense in {when}"
+        said += f", dense in {rule.start:.0%} of the steps, from the second on"
         said += ", and in the first layer" * rule.layers  # one at most
     warnings.warn(
         f"preset {name!r} is a rule for this model, not measured: {said}. For settings that keep "

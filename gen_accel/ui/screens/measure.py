@@ -61,7 +61,7 @@ LABELS = {
     "gpu": "Graphics card",
     "text": "Tokens of the prompt",
     "set": "Settings of the method",
-    "dense_start": "Dense share at the start",
+    "dense_start": "Dense share from the second step on",
     "dense_end": "Dense share at the end",
     "efficiency": "Efficiency of the kernel",
     "remeasure": "Measure this machine again",

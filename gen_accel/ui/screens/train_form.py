@@ -115,7 +115,6 @@ ATTENTION: dict[str, Values] = {
         "method": "piecewise",
         "settings": [] if name == PRESET else [f"critical={rule.critical}"],
         "dense_layers": rule.layers,
-        "dense_steps": rule.steps,
     }
     for name, rule in RULES.items()
 } | {DENSE: {"method": DENSE, "settings": []}}

@@ -278,10 +278,11 @@ def test_dense_layers_count_control_blocks_too():
 @pytest.mark.parametrize(
     ("schedule", "first", "last"),
     [
-        (Schedule(dense_steps=2), 2, 0),
-        (Schedule(dense_start=0.5), 2, 0),
-        (Schedule(dense_start=0.26, dense_end=0.25), 2, 1),
-        (Schedule(dense_steps=1, dense_end=0.5), 1, 2),
+        (Schedule(dense_steps=2), {0, 1}, set()),
+        (Schedule(dense_start=0.25), {1}, set()),
+        (Schedule(dense_start=0.26, dense_end=0.25), {1, 2}, {3}),
+        (Schedule(dense_steps=1, dense_start=0.25), {0, 1}, set()),
+        (Schedule(dense_steps=1, dense_end=0.5), {0}, {2, 3}),
     ],
     ids=str,
 )
@@ -294,8 +295,8 @@ def test_dense_steps(scheduler, schedule, first, last):
     with attach(pipe, RADIAL, schedule=schedule) as handle:
         out = generate(pipe, 4)
         expected = dict.fromkeys(range(4), "sparse")
-        expected |= dict.fromkeys(range(first), "dense (first steps)")
-        expected |= dict.fromkeys(range(4 - last, 4), "dense (last steps)")
+        expected |= dict.fromkeys(first, "dense (first steps)")
+        expected |= dict.fromkeys(last, "dense (last steps)")
         assert ran(handle) == expected
         # Guidance calls the model twice a step.
         assert {record.calls for record in handle.summary().records.values()} == {2}
@@ -313,7 +314,7 @@ def test_dense_steps(scheduler, schedule, first, last):
         Schedule(dense_steps=50),
         Schedule(dense_start=1.0),
         Schedule(dense_end=1.0),
-        Schedule(dense_start=0.5, dense_end=0.4),
+        Schedule(dense_steps=1, dense_start=0.3, dense_end=0.3),
     ],
     ids=str,
 )
@@ -329,11 +330,11 @@ def test_all_steps_dense_is_stock(pipe, schedule):
 @pytest.mark.parametrize("scheduler", [euler, unipc])
 def test_video_to_video_counts_its_own_steps(scheduler):
     pipe = pipeline(WanVideoToVideoPipeline, scheduler=scheduler())
-    with attach(pipe, RADIAL, schedule=Schedule(dense_start=0.5, dense_end=0.25)) as handle:
+    with attach(pipe, RADIAL, schedule=Schedule(dense_start=0.25, dense_end=0.25)) as handle:
         for _ in range(2):
             generate(pipe, 8, strength=0.5)
             assert ran(handle) == {
-                0: "dense (first steps)",
+                0: "sparse",
                 1: "dense (first steps)",
                 2: "sparse",
                 3: "dense (last steps)",
@@ -376,7 +377,7 @@ def test_two_stages_share_one_count():
         for _ in range(2):
             generate(pipe, 4)
             high, low = ran(handle), ran(handle, "transformer_2.blocks.0")
-            assert high == {0: "dense (first steps)", 1: "sparse"}
+            assert high == {0: "sparse", 1: "dense (first steps)"}
             assert low == {2: "sparse", 3: "sparse"}
 
 

@@ -32,7 +32,7 @@ def test_repr():
 
 def test_the_verdict_comes_first():
     pipe = pipeline()
-    schedule = Schedule(dense_start=0.5, dense_layers=1)
+    schedule = Schedule(dense_steps=2, dense_layers=1)
     with attach(pipe, RADIAL, schedule=schedule, kernel="gather") as handle:
         generate(pipe, STEPS)
     summary = handle.summary()

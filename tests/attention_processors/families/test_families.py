@@ -487,7 +487,7 @@ def test_a_pipeline_with_dense_is_stock(case):
 
 @pytest.mark.slow
 @piped
-def test_a_pipeline_keeps_its_first_step_dense(case):
+def test_a_pipeline_keeps_a_step_dense(case):
     pipe = pipe_of(case)
     stock = case.generate(pipe)
     with attach(pipe, WINDOW, schedule=Schedule(dense_start=0.5)) as handle:
@@ -497,7 +497,7 @@ def test_a_pipeline_keeps_its_first_step_dense(case):
     assert not torch.equal(out, stock)
     assert layers
     for row in layers.values():
-        assert row["steps"] == {0: "dense (first steps)", 1: "sparse"}
+        assert row["steps"] == {0: "sparse", 1: "dense (first steps)"}
 
 
 # The list

@@ -644,7 +644,7 @@ class TestParameters:
         generate(twin, 4)
         steps = attachment_of(twin).summary().to_dict()["layers"][PLACE]["steps"]
         dense = "dense (first steps)"
-        assert steps == {0: dense, 1: dense, 2: "sparse", 3: "sparse"}
+        assert steps == {0: "sparse", 1: dense, 2: dense, 3: "sparse"}
 
 
 class TestWarning:

@@ -29,7 +29,7 @@ def test_a_name_is_a_rule_where_nothing_was_tuned(name):
         generate(pipe, 4)
         assert handle.method == Piecewise(RULES[name].critical)
         dense = [step for step, why in handle.passing.steps.items() if why]
-    assert dense == [*range(max(RULES[name].steps, round(4 * RULES[name].start)))]
+    assert dense == [1]  # a quarter or less of four, from the second on
 
 
 def test_the_rules_go_from_exact_to_fast():
@@ -42,9 +42,9 @@ def test_the_rules_go_from_exact_to_fast():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("quality", "Piecewise(0.3), dense in the first 25% of the steps, 1 at least, and in the"),
-        ("balanced", "first 20% of the steps, 1 at least, and in the first layer. For settings"),
-        ("fast", "Piecewise(0.1), dense in the first 15% of the steps, 1 at least. For settings"),
+        ("quality", "Piecewise(0.3), dense in 25% of the steps, from the second on, and in the"),
+        ("balanced", "20% of the steps, from the second on, and in the first layer. For settings"),
+        ("fast", "Piecewise(0.1), dense in 15% of the steps, from the second on. For settings"),
     ],
 )
 def test_the_warning_says_the_whole_rule(name, words):
@@ -54,15 +54,11 @@ def test_the_warning_says_the_whole_rule(name, words):
 
 
 @pytest.mark.parametrize(
-    ("steps", "dense"), [(1, (1,)), (3, (1,)), (4, (1,)), (8, (1, 2)), (9, (1, 2)), (10, None)]
+    ("steps", "dense"), [(1, [0]), (3, [1]), (4, [1]), (8, [1, 2]), (20, [1, 2, 3, 4])]
 )
-def test_a_quarter_of_few_steps_is_dense_from_the_second_on(steps, dense):
-    _, schedule, _ = by_rule("balanced", None, steps, quiet=True)
-    usual = Schedule(dense_start=0.2, dense_steps=1, dense_layers=1)
-    assert schedule == (usual if dense is None else Schedule(dense=dense, dense_layers=1))
-    if dense is not None:
-        with pytest.warns(NotMeasured, match="quarter of the steps, from the second on, and"):
-            by_rule("balanced", None, steps)
+def test_a_fifth_of_the_steps_is_dense_from_the_second_on(steps, dense):
+    _, schedule, _ = by_rule("balanced", quiet=True)
+    assert [i for i in range(steps) if schedule.why_step(i, steps)] == dense
 
 
 def test_a_schedule_beside_a_name_wins():
