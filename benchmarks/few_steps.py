@@ -44,6 +44,8 @@ GUIDANCE, SHIFT = 3.0, {33: 3.0, 129: 11.0}
 # four steps makes by itself, to the power of 2/3, measured on other prompts and seeds. Where an
 # error is as the inverse of the density, that makes their sum least.
 SHAPES = {"falling": (1.6, 0.4), "most in the second quarter": (0.7, 1.9, 0.8, 0.6)}
+# Densities of the first step, of a fifth of the steps from the second on, and of all others.
+RAMPED = 0.2, 0.7, 0.29
 MANY = 12  # steps, from which on fewer than a quarter may be dense
 PISA: Any = {"centre": "key", "order": "first", "score": "mean", "tile": "raster"}
 SOL: Any = {"select": "threshold", "centre": "key", "score": "mean", "band": 1, "tile": "raster"}
@@ -89,6 +91,11 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
                 dense_too = mean + (1 - mean) * count / steps
                 name = f"{plain}, as costly as {count} dense: {dense_too:.3g} in all steps"
                 found[name] = {"method": Piecewise(round(dense_too, 4))}
+            if mean == RAMPED[0]:
+                at, rest = RAMPED[1:]
+                name = f"{plain}, as costly as a fifth dense: {at:g} there, {rest:g} after"
+                dense_there = (mean, *(at,) * (steps // 5), rest)
+                found[name] = {"method": Piecewise(dense_there)}
             half = steps // 10
             more = mean + (1 - mean) * half / (steps - half)
             name = f"{plain}, as costly as {2 * half} dense: {more:.3g} and {half} dense"

@@ -11,11 +11,11 @@ def test_the_tables_are_made_from_the_results(from_benchmarks):
     made[ROOT / "docs" / "own_sparsity.md"] = from_benchmarks("own_sparsity").lines()
     made[ROOT / "docs" / "tune.md"] = from_benchmarks("study.tuned").lines()
     pages, few = from_benchmarks("pages"), from_benchmarks("few_steps")
-    made[few.DOCS] = [*few.table(pages.read_result("few_steps"))]
     streams = from_benchmarks("streaming")
     made[streams.DOCS] = streams.table(pages.read_result("streaming"))
     judge, quality = from_benchmarks("judge"), from_benchmarks("quality")
     named = {"judge": (judge.DOCS, judge.table(pages.read_result("judge")))}
+    named |= {name: (few.DOCS, few.table(pages.read_result(name))) for name in few.RUNS}
     for file in (ROOT / "benchmarks" / "suites").glob("*.yaml"):
         suite = quality.Suite.read(file, {})
         if suite.page is not None:
