@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_accel import Mixed, Piecewise, Schedule, VideoShape
+from gen_accel import Mixed, Schedule, VideoShape
 from gen_accel.method import Method, RunPlan
 from gen_accel.registry import PRESETS
 
@@ -82,11 +82,9 @@ class PresetNode:
 
 def by_name(name: str) -> tuple[Any, Schedule, str]:
     """Method and schedule of a rule, and it in words."""
-    from gen_accel.pipelines.tuning.preset import RULES
+    from gen_accel.pipelines.tuning.preset import by_rule
 
-    rule = RULES[name]
-    method = Piecewise(rule.critical)
-    schedule = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
+    method, schedule, _ = by_rule(name, quiet=True)
     return method, schedule, f"{name}, a rule that was not measured here: {method}, {schedule}"
 
 
