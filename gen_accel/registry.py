@@ -116,6 +116,8 @@ MESSAGES = (
     ),
     ("bitsandbytes", "bitsandbytes.cextension", "was compiled without GPU support"),
     ("bitsandbytes", "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit"),
+    ("bitsandbytes", "kernels.hf_hub", "Skipping publisher trust check"),  # without a network
+    ("torch", "torch.utils.cpp_extension", "No CUDA runtime is found"),  # by its wheels for CUDA
     ("torchvision", "transformers.utils.import_utils", "requires torchvision (not installed)"),
 )
 

@@ -308,7 +308,8 @@ def process(rank: int, folder: Path, names: list[str]) -> None:
     dist.all_gather = gather_any
     build.is_built = lambda: False  # as in the process that they are held to
     where = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=PROCESSES)
+    # Of "gloo" alone diffusers takes the GPU of a torch for CUDA, also where there is none.
+    dist.init_process_group("cpu:gloo", init_method=where, rank=rank, world_size=PROCESSES)
     results: dict[str, Any] = {
         name: outcome(RUNS[name], torch.float32, parallel=True) for name in names
     }
