@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--steps", type=int, default=captured.STEPS)
-    parser.add_argument("--dense-start", type=float, default=0.2, help="also the cache's warm-up")
+    parser.add_argument("--dense-steps", type=int, default=4, help="also the cache's warm-up")
     parser.add_argument("--method", default="piecewise")
     parser.add_argument("--set", nargs="*", default=["critical=0.2"], metavar="FIELD=VALUE")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.08, 0.16])
@@ -98,7 +98,7 @@ def settings(thresholds: list[float]) -> list[Setting]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     pipe = captured.pipeline()
     method = method_from(args.method, args.set)
-    schedule = Schedule(dense_steps=math.ceil(args.dense_start * args.steps))
+    schedule = Schedule(dense_steps=args.dense_steps)
     warmup = sum(schedule.why_step(i, args.steps) is not None for i in range(args.steps))
     chosen = settings(args.thresholds)
     runs: dict[str, list[Run]] = {one.name: [] for one in chosen}

@@ -5,7 +5,6 @@ not used to fit, and the PSNR of a whole clip against the dense one of the same 
 """
 
 import argparse
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--fit-steps", type=int, default=4)
     parser.add_argument("--critical", type=float, default=0.1)
-    parser.add_argument("--dense-start", type=float, default=0.2)
+    parser.add_argument("--dense-steps", type=int, default=4)
     parser.add_argument("--name", default="calibration", help="of the JSON file in results/")
     args = parser.parse_args()
 
@@ -48,7 +47,7 @@ def main() -> None:
         "guidance_scale": 3.0,
         "max_sequence_length": TEXT,
     }
-    schedule = Schedule(dense_steps=math.ceil(args.dense_start * args.steps))
+    schedule = Schedule(dense_steps=args.dense_steps)
     report: dict[str, Any] = environment() | vars(args) | {"fit": FIT, "test": TEST, "rows": []}
     dense = [clip(pipe, prompt, args.steps, call) for prompt in TEST]
     methods = {

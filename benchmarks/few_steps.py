@@ -1,4 +1,4 @@
-"""Which steps to keep dense, of few and of many: none, some, or a density that falls.
+"""Clips with none or some of the steps dense, or a density for each step, in few and in many.
 
     python benchmarks/few_steps.py                       # all of it, some hours on one core
     python benchmarks/few_steps.py --only 129:4 33:4     # frames:steps
@@ -69,6 +69,23 @@ def fewer(steps: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+def as_costly(mean: float, steps: int) -> dict[str, dict[str, Any]]:
+    """Fields that keep more blocks in the place of dense steps beside a density of `mean`."""
+    fifth, half = steps // 5, steps // 10
+    in_all = {count: mean + (1 - mean) * count / steps for count in (1, 2, fifth)}
+    found: dict[str, dict[str, Any]] = {
+        f"{count} dense: {more:.3g} in all steps": {"method": Piecewise(round(more, 4))}
+        for count, more in in_all.items()
+    }
+    if mean == RAMPED[0]:
+        _, there, after = RAMPED
+        ramped = Piecewise((mean, *(there,) * fifth, after))
+        found[f"a fifth dense: {there:g} there, {after:g} after"] = {"method": ramped}
+    more, at = mean + (1 - mean) * half / (steps - half), (*range(1, 1 + half),)
+    name = f"{2 * half} dense: {more:.3g} and {half} dense"
+    return found | {name: {"method": Piecewise(round(more, 4)), "dense_at": at}}
+
+
 def settings(steps: int) -> dict[str, dict[str, Any]]:
     """Fields of `generate` by the name of a setting, "dense" first, with which all are
     compared."""
@@ -87,19 +104,8 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
         found |= {f"{plain}, dense: {name}": found[plain] | one for name, one in dense.items()}
         if steps >= MANY:
             found[f"{plain}, dense: the first layer"] = found[plain] | {"dense_layers": 1}
-            for count in (1, 2, steps // 5):
-                dense_too = mean + (1 - mean) * count / steps
-                name = f"{plain}, as costly as {count} dense: {dense_too:.3g} in all steps"
-                found[name] = {"method": Piecewise(round(dense_too, 4))}
-            if mean == RAMPED[0]:
-                at, rest = RAMPED[1:]
-                name = f"{plain}, as costly as a fifth dense: {at:g} there, {rest:g} after"
-                dense_there = (mean, *(at,) * (steps // 5), rest)
-                found[name] = {"method": Piecewise(dense_there)}
-            half = steps // 10
-            more = mean + (1 - mean) * half / (steps - half)
-            name = f"{plain}, as costly as {2 * half} dense: {more:.3g} and {half} dense"
-            found[name] = {"method": Piecewise(round(more, 4)), "dense_at": (*range(1, 1 + half),)}
+            costly = as_costly(mean, steps).items()
+            found |= {f"{plain}, as costly as {name}": fields for name, fields in costly}
         for shape, shares in SHAPES.items():
             densities = ramp(mean, steps, shares)
             found[f"Piecewise, {mean:g} on average, {shape}"] = {"method": Piecewise(densities)}
@@ -173,8 +179,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         f"{report['prompts']} prompts, one seed each; {machine(report)}. Density of the sparse "
         "steps. PSNR to the dense clip of the same steps: mean (worst to best). Gain: mean "
         "difference, clip by clip, to the same method, or `Piecewise` of the same density, in all "
-        "steps, with its t. "
-        "Right: clips that show what was asked, at its pace."
+        "steps, with its t. Right: clips that show what was asked, at its pace."
     )
     for one, settings in report["runs"].items():
         frames, steps = one.split(":")

@@ -99,8 +99,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 MOST_PROMPT = 10_000
 LEAST_TOKENS = 4_000  # of a clip: below, attention is too small a part of a step to gain by
 # Below, no later steps make errors good; then as much is kept as benchmarks/results/few_steps.json
-# shows to keep clips right. What attention leaves out of the second step costs a clip most.
-LEAST_STEPS, LEAST_DENSITY, SECOND = 10, 0.2, 1
+# shows to keep clips right.
+LEAST_STEPS, LEAST_DENSITY = 10, 0.2
 MOST_TOKENS = 2_000_000  # of a grid that is drawn, or that a preset's file names
 LORA_FORMATS = ("comfyui",)  # of `export`
 OFFLOADS = ("none", "model", "group", "sequential")
@@ -124,17 +124,18 @@ MESSAGES = (
 
 def too_small(tokens: int, steps: int, sparse: Collection[int] | None = None) -> str:
     """Say why sparse attention gains nothing in a run of so many tokens, or how it is to be set in
-    so few steps; "" for larger runs, and where the steps that are `sparse` leave these dense."""
+    so few steps; "" for larger runs, and where the second step is none of those that are `sparse`:
+    what attention leaves out of it costs a clip most."""
     if tokens < LEAST_TOKENS:
         return (
             f"below about {LEAST_TOKENS:,} tokens sparse attention gains nothing, and this clip "
             f"has {tokens:,}"
         )
-    if steps < LEAST_STEPS and (sparse is None or SECOND in sparse):
+    if steps < LEAST_STEPS and (sparse is None or 1 in sparse):
         return (
             f"in fewer than {LEAST_STEPS} steps, {steps} here, no later ones make errors good: "
-            f"keep a fifth of them dense, dense_start={RULES[PRESET].start:g}, which begins with "
-            f"the second, and at least {LEAST_DENSITY:g} of the blocks"
+            f"keep some dense from the second on, dense_start={RULES[PRESET].start:g}, and at "
+            f"least {LEAST_DENSITY:g} of the blocks"
         )
     return ""
 

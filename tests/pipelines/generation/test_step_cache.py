@@ -29,9 +29,11 @@ def home(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("schedule", [Schedule(dense_steps=3), Schedule(dense_start=0.3)], ids=str)
 @pytest.mark.parametrize("cache", LOUD)
-def test_a_cache_skips_steps_after_the_dense_ones_and_comes_off(cache):
-    pipe, schedule = wan.pipeline(), Schedule(dense_steps=3)
+def test_a_cache_skips_steps_after_the_dense_ones_and_comes_off(cache, schedule):
+    """Those of `dense_start` are the second and the third."""
+    pipe = wan.pipeline()
     before = wan.forward(pipe.transformer, 3, 4, 8)
     with gen_accel.attach(pipe, Radial(block=8), kernel="reference", schedule=schedule) as handle:
         with caching(pipe, cache, schedule, STEPS):
