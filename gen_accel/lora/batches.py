@@ -48,6 +48,7 @@ class Draw(NamedTuple):
         ended: whether its last frame is given, under condition last_frame.
         sound: seed of the noise of its sound.
         frames: seed of the noise of its given frames.
+        fresh: seed of the noise that is drawn in the steps of a student.
         chunks: seed of the noise levels of its chunks, and of what they see; None: all chunks have
             `sigma`, after clean ones.
     """
@@ -61,6 +62,7 @@ class Draw(NamedTuple):
     ended: bool = True
     sound: int = 0
     frames: int = 0
+    fresh: int = 0
     chunks: int | None = None
 
 
@@ -77,6 +79,8 @@ class Batch(NamedTuple):
         mask: how much each latent counts, (B, 1, f, h, w); None for 1 everywhere.
         shown: inputs of the adapter.
         sound, sound_noise: (B, tokens, D); None for clips without sound.
+        fresh: seeds of the noise that is drawn in the steps of a student, (B,) int64; None for a
+            training without them.
         chunks: seeds of the clips' chunks, (B,) int64; None: see `Draw.chunks`.
     """
 
@@ -90,7 +94,20 @@ class Batch(NamedTuple):
     shown: tuple[Tensor, ...] = ()
     sound: Tensor | None = None
     sound_noise: Tensor | None = None
+    fresh: Tensor | None = None
     chunks: Tensor | None = None
+
+    def fresh_noise(self) -> Callable[[], Tensor]:
+        """Return a function that draws noise shaped like `noise`, other noise at each call."""
+        seeds = [0] * len(self.noise) if self.fresh is None else self.fresh.tolist()
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = self.noise.shape[1:]
+
+        def drawn() -> Tensor:
+            each = [torch.randn(shape, generator=generator) for generator in generators]
+            return torch.stack(each).to(self.noise.device)
+
+        return drawn
 
 
 def captioned(cache: LatentCache, clip: int, drawn: Draw) -> dict[str, Tensor]:
@@ -265,7 +282,7 @@ def seed_of(seed: int, step: int, place: int) -> int:
 
 
 # Places of other draws than the clips' in a step.
-TEXTS, PICTURES, SOUNDS, CHUNKS, FRAMES = (n * 10**8 for n in range(1, 6))
+TEXTS, PICTURES, SOUNDS, CHUNKS, FRAMES, FRESH = (n * 10**8 for n in range(1, 7))
 
 
 def plan_clips(
@@ -420,6 +437,7 @@ class Batches:
                 text=self._text(clips[place], step, place),
                 sound=seed_of(config.seed, step, SOUNDS + place),
                 frames=seed_of(config.seed, step, FRAMES + place),
+                fresh=seed_of(config.seed, step, FRESH + place),
                 chunks=seed_of(config.seed, step, CHUNKS + place) if is_causal else None,
             )
             for place, clean in enumerate(latents, first)
@@ -475,6 +493,9 @@ class Batches:
             shown=tuple(map(self._put, self.adapter.inputs(cache, clips, draws))),
             sound=sound,
             sound_noise=sound_noise,
+            fresh=self._put(torch.tensor([drawn.fresh for drawn in draws]))
+            if config.student_steps is not None
+            else None,
             chunks=None if None in seeds else self._put(torch.tensor(seeds)),
         )
 

@@ -452,6 +452,9 @@ class TrainConfig(Config):
         "Latents that a step of the student begins with; own: as its own steps make them of "
         "noise; teacher: as the teacher's do; data: a clip with noise.",
     )
+    student_sampler: Literal["euler", "lcm"] = option(
+        "euler", "Loss", "Sampler of the student's steps; lcm: with fresh noise in each."
+    )
     timestep_sampling: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Loss", "Distribution of noise levels, before the shift."
     )
@@ -1146,7 +1149,7 @@ def _rules(c: TrainConfig) -> Iterator[tuple[Sequence[str], bool, str]]:
     why = "is of a teacher_method, and none is given: give it too"
     yield ["teacher_settings"], c.teacher_method is not None, why
     why = "is for student_steps, which is not given: give student_steps, as 4, or leave it out"
-    yield ["teacher_steps", "starts"], steps is not None, why
+    yield ["teacher_steps", "starts", "student_sampler"], steps is not None, why
     levels, drawing = len({*c.noise_levels}), ["timestep_sampling", "logit_mean", "logit_std"]
     if steps is not None:
         why = f"must be a multiple of student_steps {steps}, as {3 * steps}"

@@ -390,7 +390,7 @@ def _sampled(config: TrainConfig, shift: float) -> dict[str, Any]:
     if not levels:
         return {}
     if len(levels) == config.validation_steps:
-        return {"sampler": "euler", "levels": levels}
+        return {"sampler": config.student_sampler, "levels": levels}
     return {"sampler": "euler", "shift": shift}
 
 
@@ -500,8 +500,9 @@ class FixedLoss:
         number = hash_of_name(self.cache.entries[clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        sound, frames = (seed_of(seed, NOT_A_STEP, i) for i in range(2))
-        drawn = Draw(noise, level, captioned=True, sound=sound, frames=frames)
+        names = ("sound", "frames", "fresh")
+        seeds = {name: seed_of(seed, NOT_A_STEP, i) for i, name in enumerate(names)}
+        drawn = Draw(noise, level, captioned=True, **seeds)
         return self.batches.of([clip], [latents], [drawn])
 
 

@@ -377,7 +377,7 @@ class Objective(nn.Module):
         if steps.starts == "data":
             x = self.noising.mix(batch.clean, batch.noise, sigma).float()
         else:
-            x = steps.start(step, batch.noise, student, teacher)
+            x = steps.start(step, batch.noise, student, teacher, batch.fresh_noise())
         target = steps.target(step, x, teacher)
         pred = student(x, sigma).float()
         weights = torch.full_like(sigma, steps.weight(step))

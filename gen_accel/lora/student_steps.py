@@ -30,17 +30,22 @@ class StudentSteps:
     https://arxiv.org/abs/2405.07510) has such windows, of noised clips; here x_k may also be where
     the steps before have led, of the teacher or of the student itself.
 
+    With fresh noise a step is x_(k+1) = (1 - s_(k+1)) (x_k - s_k v) + s_(k+1) noise, whose error
+    is that of v times (1 - s_(k+1)) s_k; its square takes the place of (s_k - s_(k+1))^2.
+
     Args:
         levels: s_0 to s_K, falling to 0.
         substeps: steps of the teacher for each, of equal length before the shift.
         shift: of the noise levels.
         starts: "own", "teacher" or "data": whose steps lead to x_k, or a clip with noise.
+        sampler: of the steps: "euler", or "lcm" with fresh noise in each.
     """
 
     levels: tuple[float, ...]
     substeps: int
     shift: float
     starts: Literal["own", "teacher", "data"]
+    sampler: Literal["euler", "lcm"] = "euler"
 
     @classmethod
     def of(cls, config: TrainConfig, shift: float) -> "StudentSteps | None":
@@ -53,14 +58,20 @@ class StudentSteps:
         if count is None:
             return None
         substeps = (config.teacher_steps or SUBSTEPS * count) // count
-        return cls((*levels_of(config, shift), 0.0), substeps, shift, config.starts)
+        levels = (*levels_of(config, shift), 0.0)
+        return cls(levels, substeps, shift, config.starts, config.student_sampler)
 
     def __len__(self) -> int:
         return len(self.levels) - 1
 
     def weight(self, step: int) -> float:
-        squares = [(high - low) ** 2 for high, low in itertools.pairwise(self.levels)]
+        squares = [self._gain(i) ** 2 for i in range(len(self))]
         return squares[step] * len(self) / sum(squares)
+
+    def _gain(self, step: int) -> float:
+        """Error that a step ends with, over the error of its velocity."""
+        high, low = self.levels[step : step + 2]
+        return (1 - low) * high if self.sampler == "lcm" else high - low
 
     def nearest(self, sigma: float) -> int:
         """Return the number of the step that begins nearest to a noise level."""
@@ -75,14 +86,30 @@ class StudentSteps:
         return (self.levels[step], *inner, self.levels[step + 1])
 
     @torch.no_grad()
-    def start(self, step: int, noise: Tensor, student: Velocity, teacher: Velocity) -> Tensor:
-        """Go from noise to where a step begins, by the steps of the student or the teacher."""
+    def start(
+        self,
+        step: int,
+        noise: Tensor,
+        student: Velocity,
+        teacher: Velocity,
+        fresh: Callable[[], Tensor],
+    ) -> Tensor:
+        """Go from noise to where a step begins, by the steps of the student or the teacher.
+
+        Args:
+            noise: (B, ...).
+            fresh: draws more of it, for a step with fresh noise.
+        """
         x = noise.float()
-        for i in range(step):
+        for i, (high, low) in enumerate(itertools.pairwise(self.levels[: step + 1])):
             if self.starts == "own":
-                x = walk(student, x, self.levels[i : i + 2])
+                v = student(x, x.new_full((len(x),), high)).float()
             else:
-                x = walk(teacher, x, self.within(i))
+                v = self.target(i, x, teacher)
+            if self.sampler == "lcm":
+                x = (1 - low) * (x - high * v) + low * fresh().float()
+            else:
+                x = x + (low - high) * v
         return x
 
     @torch.no_grad()

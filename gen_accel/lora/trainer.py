@@ -441,7 +441,7 @@ class Trainer:
             clips=len(self.cache),
             batch=config.batch_size * config.gradient_accumulation * self.groups.count,
             levels=levels_of(config, model.shift),
-            sampler=None if config.student_steps is None else "euler",
+            sampler=None if config.student_steps is None else config.student_sampler,
             stream=stream_of(config, model.shift),
         )
 

@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families import family_named
 from gen_accel.lora import TrainConfig, trainer
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import TEACHER
+from gen_accel.lora.batches import Batch
 from gen_accel.lora.student_steps import StudentSteps, check_student_steps, walk
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.config import GenerateConfig
@@ -29,8 +30,8 @@ family = family_named("wan")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def steps_of(count=4, substeps=3, shift=3.0, starts="own"):
-    return StudentSteps((*equal_steps(count, shift), 0.0), substeps, shift, starts)
+def steps_of(count=4, substeps=3, shift=3.0, starts="own", sampler="euler"):
+    return StudentSteps((*equal_steps(count, shift), 0.0), substeps, shift, starts, sampler)
 
 
 def fields(**more):
@@ -63,9 +64,10 @@ class TestLevels:
         assert steps.levels == (1.0, 0.757, 0.522, 0.0)
         assert steps.substeps == 3
 
-    def test_weights_make_it_the_error_after_the_step(self):
-        steps = steps_of(4, shift=5.0)
-        lengths = [a - b for a, b in pairwise(steps.levels)]
+    @pytest.mark.parametrize("sampler", ["euler", "lcm"])
+    def test_weights_make_it_the_error_after_the_step(self, sampler):
+        steps = steps_of(4, shift=5.0, sampler=sampler)
+        lengths = [a * (1 - b) if sampler == "lcm" else a - b for a, b in pairwise(steps.levels)]
         weights = [steps.weight(k) for k in range(4)]
         assert sum(weights) / 4 == pytest.approx(1)
         for weight, length in zip(weights, lengths, strict=True):
@@ -87,6 +89,7 @@ class TestLevels:
             ({"masks": True}, "starts own begins with none: leave them out"),
             ({"weighting": "cosmap"}, "weighting cosmap says .* which student_steps does"),
             ({"student_steps": None, "starts": "data"}, "give student_steps, as 4"),
+            ({"student_steps": None, "student_sampler": "lcm"}, "give student_steps, as 4"),
             ({"teacher_settings": ("block=4",)}, "is of a teacher_method, and none"),
         ],
     )
@@ -159,11 +162,14 @@ class TestLoss:
             torch.testing.assert_close(found, steps.weight(k) * plain)
 
     @pytest.mark.parametrize("starts", ["own", "teacher"])
-    def test_it_begins_where_the_steps_before_have_led(self, starts):
+    @pytest.mark.parametrize("sampler", ["euler", "lcm"])
+    def test_it_begins_where_the_steps_before_have_led(self, starts, sampler):
         objective, stock = built("distill")
         say_something(objective)
-        objective._steps = steps = steps_of(3, substeps=2, starts=starts)
+        objective._steps = steps = steps_of(3, substeps=2, starts=starts, sampler=sampler)
         clean, noise, _, conditions = batch()
+        seeds = torch.arange(len(clean)) + 5
+        drawing = [torch.Generator().manual_seed(5 + i) for i in range(len(clean))]
 
         def of(model):
             return lambda x, s: family.predict(model, x, s, conditions)
@@ -171,15 +177,21 @@ class TestLoss:
         x, levels = noise, steps.levels
         with torch.no_grad():
             for k in range(2):
+                start, (high, low) = x, levels[k : k + 2]
                 if starts == "own":
-                    x = walk(of(objective.transformer), x, levels[k : k + 2])
+                    x = walk(of(objective.transformer), start, (high, low))
                 else:
-                    x = walk(of(stock), x, steps.within(k))
+                    x = walk(of(stock), start, steps.within(k))
+                if sampler == "lcm":  # to the end of that line, and back by other noise
+                    clear = start + (x - start) * high / (high - low)
+                    other = [torch.randn(noise.shape[1:], generator=g) for g in drawing]
+                    x = (1 - low) * clear + low * torch.stack(other)
             end = walk(of(stock), x, steps.within(2))
             said = of(objective.transformer)(x, torch.full((len(x),), levels[2]))
             expected = F.mse_loss(said, (x - end) / levels[2]) * steps.weight(2)
             sigma = torch.full((len(x),), levels[2])
-            found = objective(torch.zeros_like(clean), noise, sigma, conditions)
+            given = Batch(torch.zeros_like(clean), noise, sigma, conditions, fresh=seeds)
+            found = objective(*given)
         torch.testing.assert_close(found, expected)
         assert found > 0
 
@@ -197,7 +209,7 @@ class TestLoss:
                 "student": lambda x, s: objective._student(x, s, conditions),
                 "teacher": lambda x, s: objective._teacher(x, s, conditions),
             }
-            x = steps.start(2, noise, **predict)
+            x = steps.start(2, noise, **predict, fresh=lambda: noise)
             target = steps.target(2, x, predict["teacher"])
         objective.zero_grad()
         loss = F.mse_loss(objective._student(x, sigma, conditions), target) * steps.weight(2)
@@ -240,8 +252,10 @@ class TestTraining:
         assert [number for number, _ in groupby(seen)] == [0, 1, 0, 1, 2]
 
     @pytest.mark.slow
-    def test_resume_is_the_same_to_the_bit(self, tmp_path):
+    @pytest.mark.parametrize("sampler", ["euler", "lcm"])
+    def test_resume_is_the_same_to_the_bit(self, tmp_path, sampler):
         more = {"teacher_guidance": 2.0, "checkpoint_every": 3, "stages": ("9:6",)}
+        more["student_sampler"] = sampler
         given = ft.config(tmp_path / "a", **fields(**more))
         whole = ft.train(given)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -256,16 +270,18 @@ class TestTraining:
         assert files[0].read_bytes() == files[1].read_bytes()
 
     @pytest.mark.slow
-    def test_the_lora_says_how_it_is_sampled(self, tmp_path):
+    @pytest.mark.parametrize("sampler", ["euler", "lcm"])
+    def test_the_lora_says_how_it_is_sampled(self, tmp_path, sampler):
         wan.pipeline().save_pretrained(tmp_path / "model")
-        given = ft.config(tmp_path / "a", **fields(teacher_guidance=2.0), model="demo")
+        more = fields(teacher_guidance=2.0, student_sampler=sampler)
+        given = ft.config(tmp_path / "a", **more, model="demo")
         folder = ft.train(given).folder
         recipe = read_recipe(folder)
-        assert recipe.sampler == "euler"
+        assert recipe.sampler == sampler
         assert recipe.levels == pytest.approx(equal_steps(2, 3.0))
         asked = GenerateConfig(model=str(tmp_path / "model"), from_lora=str(folder), prompt="a")
         config = plan_of(asked).config
-        assert (config.sampler, config.steps, config.guidance_scale) == ("euler", 2, 1.0)
+        assert (config.sampler, config.steps, config.guidance_scale) == (sampler, 2, 1.0)
         assert config.levels == recipe.levels
         assert plan_of(asked.replaced(steps=5)).config.levels == ()
 
