@@ -21,10 +21,10 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.pipelines.generation.config import BUNDLED, GenerateConfig
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESETS, RULES
-from gen_accel.ui import attention_choice, lora_choice
+from gen_accel.ui import choices
+from gen_accel.ui.choices import loras_in
 from gen_accel.ui.files import Places
 from gen_accel.ui.form import words_of
-from gen_accel.ui.lora_choice import loras_in
 from gen_accel.ui.page import progress_box
 from gen_accel.ui.queue import RUNNING, Outlook, QueuedJob
 from gen_accel.ui.screens import generate
@@ -189,7 +189,7 @@ def test_a_menu_has_the_sizes_that_a_model_makes(made):
 
 def test_loras_have_weights(made, tmp_path):
     form, page = made("models/wan")
-    assert form.loras._listed(page)[form.loras.chosen]["info"] == lora_choice.NONE
+    assert form.loras._listed(page)[form.loras.chosen]["info"] == choices.NO_LORA
     shown = form.filled({"model": "models/wan", "lora": ["a/style:0.8", "b.safetensors"]})
     held = entered(form, page) | {one: x for one, x in shown.items() if one in form.loras.parts}
     for i, (one, weight) in enumerate(zip(form.loras.weights, (0.8, 1, 1), strict=False)):
@@ -219,13 +219,13 @@ def test_loras_are_found_by_what_they_hold(tmp_path):
 
 
 def test_what_a_preset_loses_is_what_its_file_records():
-    told = attention_choice.what_presets_lose()
+    told = choices.what_presets_lose()
     for name in PRESETS:
         file = json.loads((BUNDLED / f"demo-{name}.json").read_text())
         held_out = [one["score"] for one in file["measured"]["held_out"]]
         mean, worst = round(np.mean(held_out)), round(min(held_out))
         assert f"{name.capitalize()} {mean} dB on average, {worst} at worst" in told
-        words = attention_choice.CHOICES[name]
+        words = choices.CHOICES[name]
         assert words == f"{name.capitalize()}, {round(100 * RULES[name].critical)} %"
 
 

@@ -27,9 +27,8 @@ from gen_accel.registry import (
     cached_in_few,
     too_small,
 )
-from gen_accel.ui.attention_choice import DENSE, OWN, OWN_START, AttentionChoice
+from gen_accel.ui.choices import DENSE, OWN, OWN_START, AttentionChoice, LoraChoice
 from gen_accel.ui.form import Form
-from gen_accel.ui.lora_choice import LoraChoice
 from gen_accel.ui.page import (
     ADDING,
     ASKING,

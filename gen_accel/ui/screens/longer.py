@@ -11,7 +11,7 @@ from gen_accel.cli.metrics import motion_rows
 from gen_accel.io import read_fields
 from gen_accel.measure.pictures import contact_sheet
 from gen_accel.measure.video_io import read_stream
-from gen_accel.ui.attention_choice import FIELDS
+from gen_accel.ui.choices import FIELDS
 from gen_accel.ui.form import from_part
 from gen_accel.ui.page import (
     ADDING,

@@ -21,7 +21,7 @@ from gen_accel.outputs import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESET, PRESETS
 from gen_accel.served import PUBLISHED
-from gen_accel.ui.attention_choice import OWN_START, AttentionChoice
+from gen_accel.ui.choices import OWN_START, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     ADDING,

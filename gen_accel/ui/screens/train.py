@@ -17,7 +17,7 @@ from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cost.figures import card_names
 from gen_accel.paths import FILM_SUFFIXES
 from gen_accel.process import check_free
-from gen_accel.ui.attention_choice import OWN
+from gen_accel.ui.choices import OWN
 from gen_accel.ui.page import (
     ADDING,
     PRIVATELY,

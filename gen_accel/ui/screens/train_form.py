@@ -14,7 +14,7 @@ from gen_accel.io import read_text
 from gen_accel.lora.config import OF_DEMO, TrainConfig, print_config
 from gen_accel.registry import PRESET, RULES
 from gen_accel.served import PUBLISHED
-from gen_accel.ui.attention_choice import DENSE, OWN, AttentionChoice
+from gen_accel.ui.choices import DENSE, OWN, AttentionChoice
 from gen_accel.ui.form import Form
 from gen_accel.ui.page import (
     TELLING,
