@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from gen_accel.lora.config import print_config as print_config
     from gen_accel.lora.config import read_config as read_config
     from gen_accel.lora.data.clips import Captions as Captions
+    from gen_accel.lora.data.clips import Dataset as Dataset
     from gen_accel.lora.data.clips import Take as Take
-    from gen_accel.lora.data.sets import Dataset as Dataset
     from gen_accel.lora.forecast import TrainingPlan as TrainingPlan
     from gen_accel.lora.forecast import forecast_training as forecast_training
     from gen_accel.lora.publish import Push as Push
@@ -36,8 +36,7 @@ else:
             ".caching.latents": "LatentCache",
             ".comfyui": "Exported export",
             ".config": "Stage TrainConfig print_config read_config",
-            ".data.clips": "Captions Take",
-            ".data.sets": "Dataset",
+            ".data.clips": "Captions Dataset Take",
             ".forecast": "TrainingPlan forecast_training",
             ".publish": "Push push",
             ".trainer": "Trained train",

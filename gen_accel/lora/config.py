@@ -20,12 +20,12 @@ from gen_accel.lora.data.clips import (
     CaptionedVideo,
     Captions,
     ClipRule,
+    Dataset,
     Take,
     parse_repeats,
     parse_sizes,
     why_clips,
 )
-from gen_accel.lora.data.sets import Dataset
 from gen_accel.lora.experts import BOTH, NOISE, check_parts, folder_of
 from gen_accel.parsing import shown
 from gen_accel.paths import (

@@ -15,10 +15,10 @@ from gen_accel.lora.data.clips import (
     UNLESS,
     CaptionedVideo,
     ClipRule,
+    Dataset,
     refuse_parts,
     repeated,
 )
-from gen_accel.lora.data.sets import Dataset
 from gen_accel.parsing import shown
 from gen_accel.paths import FILM_SUFFIXES, check_input, expanded
 from gen_accel.pipelines.generation.config import parts_of, read_prompts
