@@ -11,7 +11,7 @@ from gen_accel.hub import fetched, reachable
 from gen_accel.lora.caching.encoders import load_encoders
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.trial import dry_run
-from gen_accel.pipelines.generation import fetching, loading
+from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.generation.kept import PipelineCache
 from gen_accel.pipelines.generation.loading import lora_source
 from gen_accel.pipelines.generation.progress import heard_by
@@ -116,19 +116,19 @@ def test_a_plan_and_a_load_fetch_what_the_cache_lacks(hub, monkeypatch, tmp_path
         got.append(name)
         return home / name
 
-    monkeypatch.setattr(fetching, "asked", lambda repository, **about: info)
-    for module in (fetching, hub_module):
+    monkeypatch.setattr(loading, "asked", lambda repository, **about: info)
+    for module in (loading, hub_module):
         monkeypatch.setattr(module, "fetched", fetched)
-    missing = fetching.missing_files("me/mine")
+    missing = loading.missing_files("me/mine")
     assert {name.partition("/")[0] for name in missing} == {
         *("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     }
     assert not {"transformer/w.fp16.safetensors", "vae/old.bin"} & missing.keys()
-    assert fetching.bytes_to_fetch("me/mine") == sum(there[name] for name in missing)
+    assert loading.bytes_to_fetch("me/mine") == sum(there[name] for name in missing)
     got.clear()
     updates = []
     with heard_by(updates.append):
-        fetching.fetch("me/mine")
+        loading.fetch("me/mine")
     assert got[1:] == [*missing]  # the index first
     assert updates[-1].words == "fetching me/mine"
     assert updates[-1].done == updates[-1].total

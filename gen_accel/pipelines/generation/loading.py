@@ -1,10 +1,10 @@
-"""Loading of a pipeline from a folder or the hub: weights, LoRAs, device."""
+"""Loading of a pipeline from a folder or the hub: missing files, weights, LoRAs, device."""
 
 import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, 
 from gen_accel.attention_processors.attached.trained import keep_trained, trained_in
 from gen_accel.attention_processors.families.pipelines import choose, choose_in, part_of, takes
 from gen_accel.hub import (
+    asked,
     cached_index,
     check_there,
     fetched,
@@ -25,13 +26,12 @@ from gen_accel.hub import (
     parted,
     reachable,
 )
-from gen_accel.io import named, read_fields
+from gen_accel.io import named, read_fields, read_index
 from gen_accel.parsing import cut, shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.config import Loading as Loading
 from gen_accel.pipelines.generation.decode import check_streamed
-from gen_accel.pipelines.generation.fetching import fetch
 from gen_accel.pipelines.generation.inputs import identity
 from gen_accel.pipelines.generation.kept import HOST, PipelineCache
 from gen_accel.pipelines.generation.lora_file import (
@@ -56,6 +56,7 @@ from gen_accel.pipelines.generation.model_index import (
     places_of,
 )
 from gen_accel.pipelines.generation.of_blocks import is_of_blocks
+from gen_accel.pipelines.generation.progress import Progress, ticker
 from gen_accel.pipelines.generation.quantising import check_plain, load_quantised, store_as
 from gen_accel.pipelines.generation.sampling import arguments, parameters, served_family
 from gen_accel.pipelines.generation.single_file import original_in
@@ -70,6 +71,8 @@ BESIDE = re.compile(r"(.+)\.lora_(?:magnitude_vector|B\.bias)")
 DOWN = ("A", "down")
 OF_LOW_NOISE = re.compile(r"(^|[-_.])low([-_.]?noise|[-_.]|$)")  # in the name of a file
 Value = TypeVar("Value")
+LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")  # files of a part that are loaded
+VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)\b")  # weights that load by that word alone
 DTYPES = {name: getattr(torch, name) for name in registry.DTYPES}
 
 
@@ -180,6 +183,71 @@ def needed_parts(kind: str, asked: Collection[str]) -> list[str]:
     row = takes(kind)
     names = {} if row is None else dict(zip(KINDS[1:], row.arguments, strict=True))
     return pipeline_class(kind).needed([names[one] for one in asked if one in names])
+
+
+def missing_files(repository: str, needed: Collection[str] | None = None) -> dict[str, int]:
+    """Return the files of a pipeline that loading reads and the cache lacks, with their bytes.
+
+    Args:
+        needed: the parts that are loaded; None for all in the index.
+
+    Raises OSError where the hub does not answer.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    index = read_index(index_file(repository))
+    parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
+    parts &= parts if needed is None else {*needed}
+    found = asked(repository, files_metadata=True)
+    missing = {}
+    for one in found.siblings or ():
+        place = PurePosixPath(one.rfilename)
+        is_read = str(place.parent) in parts and place.suffix in LOADED
+        if not is_read or VARIANT.search(place.name):
+            continue
+        if not isinstance(
+            try_to_load_from_cache(repository, one.rfilename, revision=found.sha), str
+        ):
+            missing[one.rfilename] = one.size or 0
+    return missing
+
+
+def bytes_to_fetch(model: str, needed: Collection[str] | None = None) -> int | None:
+    """Return the bytes that a run of a model on the hub fetches first; None if that is unknown,
+    as without a network."""
+    with suppress(OSError):
+        return sum(missing_files(model, needed).values())
+    return None
+
+
+def fetch(repository: str, needed: Collection[str] | None = None) -> None:
+    """Fetch what the cache lacks of a pipeline, under a bar of megabytes that moves with each
+    file. Without a network nothing is fetched: loading says what is not there.
+
+    Raises OSError for a file that cannot be fetched.
+    """
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+
+    missing: dict[str, int] = {}
+    with suppress(OSError):
+        missing = missing_files(repository, needed)
+    if not missing:
+        return
+    done, total, shown = 0, sum(missing.values()), not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()  # one for each file
+    try:
+        with Progress() as bar:
+            tick = ticker(bar, f"fetching {repository}", "MB")
+            tick(0, round(total / 1e6))
+            for name, size in missing.items():
+                fetched(repository, name)
+                done += size
+                tick(round(done / 1e6), round(total / 1e6))
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def load_decoder(model: str | Path, loading: Loading | None = None) -> "DiffusionPipeline":

@@ -40,7 +40,6 @@ from gen_accel.pipelines.generation.config import (
     values_of_clip,
 )
 from gen_accel.pipelines.generation.decode import check_latents_path
-from gen_accel.pipelines.generation.fetching import bytes_to_fetch
 from gen_accel.pipelines.generation.inputs import (
     CallArguments,
     OpenedFiles,
@@ -53,7 +52,7 @@ from gen_accel.pipelines.generation.inputs import (
     open_image_prompt,
     own_arguments,
 )
-from gen_accel.pipelines.generation.loading import find_device, needed_parts
+from gen_accel.pipelines.generation.loading import bytes_to_fetch, find_device, needed_parts
 from gen_accel.pipelines.generation.lora_words import names_of
 from gen_accel.pipelines.generation.model_index import (
     check_model,
