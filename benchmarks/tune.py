@@ -36,9 +36,9 @@ from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines.tuning import Tuned, load_tuned, tune
-from gen_accel.pipelines.tuning.candidates import default_candidates
 from gen_accel.pipelines.tuning.measuring import PipelineCall, decoded, generate, relative_error
 from gen_accel.pipelines.tuning.solving import point_of, rules_of_point, settings_of
+from gen_accel.pipelines.tuning.stages import default_candidates
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs" / "tune.md"

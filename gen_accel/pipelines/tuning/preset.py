@@ -24,12 +24,14 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.profiled import Profiled
+from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import (
     fields_of,
     file_sha256,
@@ -44,7 +46,6 @@ from gen_accel.io import (
 from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
 from gen_accel.paths import expanded
-from gen_accel.pipelines.tuning.candidates import described, made_of
 from gen_accel.registry import MOST_TOKENS, PRESETS, RULES
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -564,6 +565,39 @@ def _rule(data: object, path: Path) -> Rule:
         return Rule(method, *map(tuples, numbers))
     except ValueError as error:
         raise ValueError(f"{what} cannot be read: {error}") from None
+
+
+def described(method: Method) -> dict[str, object]:
+    """A method as JSON holds it. The files of profiles are named without their folder."""
+    options = saved_options(method)
+    if file := _profile_of(options):
+        options["file"] = Path(file).name
+    return {"method": method_name(method), "options": options}
+
+
+def _profile_of(options: Mapping[str, object]) -> str:
+    """File of a profile that options name; "" for none."""
+    file = options.get("file")
+    return file if isinstance(file, str) and "sha256" in options else ""
+
+
+def made_of(data: object, origin: str | Path, folder: Path) -> Method:
+    """Make the method that `described` wrote; ValueError for anything else.
+
+    Args:
+        folder: where the files of profiles lie, which are named without one.
+    """
+    held = fields_of(data, origin)
+    name = typed(held, "method", str, origin=origin)
+    options = {**typed(held, "options", dict, origin=origin)}
+    if file := _profile_of(options):
+        if Path(file).name != file:
+            raise ValueError(f"a profile of {origin} must lie beside it, got {shown(file)}")
+        options["file"] = str(folder / file)
+    try:
+        return method_of_file(name, options)
+    except ValueError as error:
+        raise ValueError(f"{error}; if another version wrote {origin}, tune again") from error
 
 
 def check_model(preset: Preset, transformer: "ModelMixin", path: object) -> None:

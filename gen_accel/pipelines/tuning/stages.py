@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors import METHODS
 from gen_accel.attention_processors.attached.attachment import AttachOptions, attach_method
 from gen_accel.attention_processors.attached.calibrate import (
     StopObserving,
@@ -28,18 +29,10 @@ from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.profiled import Masses, read_masses
 from gen_accel.io import parse_json, plain, read_tensors, replacing, save_tensors
 from gen_accel.measure.machine import device_name
-from gen_accel.method import Method
+from gen_accel.method import Box, Method, check_method
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
-from gen_accel.pipelines.tuning.candidates import (
-    Tile,
-    checked,
-    default_candidates,
-    described,
-    fits,
-    middle,
-)
 from gen_accel.pipelines.tuning.measuring import (
     PipelineCall,
     PromptErrors,
@@ -58,6 +51,7 @@ from gen_accel.pipelines.tuning.preset import (
     Profile,
     ScoredPrompt,
     check_preset_path,
+    described,
     holds,
     least_scores,
     levels_of,
@@ -77,6 +71,7 @@ if TYPE_CHECKING:
     from gen_accel.pipelines.tuning.config import Objective, TuneOptions
 
 ABOUT, NOTES = "tuning", "notes"
+Tile = Box | tuple[Box, ...] | None  # of all layers, or of each; None: "auto"
 
 
 class State:
@@ -254,6 +249,67 @@ def _split(
     return tuple(prompts), tuple(held_out)
 
 
+def default_candidates(
+    video: VideoShape,
+    *,
+    tile: Tile = None,
+    families: Sequence[str] = tuple(METHODS),
+    masses: Masses | None = None,
+) -> tuple[Method, ...]:
+    """Candidates of each method that has some, as far as they fit the grid, and `Dense()`.
+
+    Args:
+        tile: box of each layer, as `gen_accel.calibrate` finds it; None: "auto".
+        families: names of methods.
+        masses: what dense runs of the model showed, for `Profiled`; None: it is left out.
+    """
+    unknown = sorted({*families} - {*METHODS})
+    if unknown:
+        raise ValueError(
+            f"families must be of {tuple(METHODS)}, got {', '.join(map(repr, unknown))}"
+        )
+    known = {"tile": tile, "profile": "" if masses is None else masses.digest}
+    # On a small grid some windows are the same.
+    found = dict.fromkeys(
+        one for name in families for one in METHODS[name].candidates(video, **known)
+    )
+    return (*(one for one in found if _fits(one, video)), Dense())
+
+
+def _fits(method: Method, video: VideoShape) -> bool:
+    """Whether a method can be planned on a grid, and leaves something out there."""
+    try:
+        return method.planned(video).density < 1
+    except ValueError:
+        return False
+
+
+def _checked(candidates: Sequence[Method], device: torch.device) -> tuple[Method, ...]:
+    """Return candidates with `Dense()` as the last, and their options for the device.
+
+    Raises:
+        ValueError: none but `Dense()`, two that are equal, or one that no rule takes.
+    """
+    for one in candidates:
+        check_method(one)
+        if one.defines("step_state") or one.changes_by:
+            raise ValueError(
+                f"{one!r} cannot be a candidate: it remembers earlier steps, or changes by itself"
+            )
+    sparse = [one.for_device(device) for one in candidates if not one.is_dense]
+    if not sparse:
+        raise ValueError("candidates must hold a sparse method, got none")
+    if len({*sparse}) < len(sparse):
+        raise ValueError("candidates must differ from each other")
+    return (*sparse, Dense())
+
+
+def _middle(errors: Sequence[float]) -> int:
+    """Number of the candidate whose error lies in the middle of all that err."""
+    order = sorted((error, i) for i, error in enumerate(errors) if error > 0)
+    return order[len(order) // 2][1]
+
+
 class _Tuning:
     """One run of `tune`.
 
@@ -293,11 +349,11 @@ class _Tuning:
         self.video, tile = self._scout(candidates is None)
         if candidates is None:
             found = default_candidates(self.video, tile=tile, masses=self._masses())
-            self.candidates = checked(found, self.transformer.device)
+            self.candidates = _checked(found, self.transformer.device)
         else:
-            self.candidates = checked(candidates, self.transformer.device)
+            self.candidates = _checked(candidates, self.transformer.device)
             for one in self.candidates[:-1]:
-                if not fits(one, self.video):
+                if not _fits(one, self.video):
                     raise ValueError(
                         f"candidate {one!r} does not fit {self.video}, or leaves nothing out there"
                     )
@@ -478,7 +534,7 @@ class _Tuning:
     ) -> None:
         """Measure the weights of the steps that are left of one prompt."""
         errors, squares = (self.state.tensors[f"prompt0.{name}"] for name in ("errors", "squares"))
-        number = middle((errors.double().mean((0, 1, 2)) / squares.double().mean()).tolist())
+        number = _middle((errors.double().mean((0, 1, 2)) / squares.double().mean()).tolist())
         total = count * self.count
         for done, step in enumerate(left, (i + 1) * count - len(left)):
             self.tick("weights", done, total)

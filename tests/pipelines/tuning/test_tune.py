@@ -39,7 +39,6 @@ from gen_accel.attention_processors.attached.profiling import collect
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines import OtherThanTuned
 from gen_accel.pipelines.tuning import measuring, stages
-from gen_accel.pipelines.tuning.candidates import default_candidates
 from gen_accel.pipelines.tuning.measuring import (
     Perturbation,
     PipelineCall,
@@ -54,6 +53,7 @@ from gen_accel.pipelines.tuning.measuring import (
 )
 from gen_accel.pipelines.tuning.preset import read_preset
 from gen_accel.pipelines.tuning.solving import SolveOptions, at_error, curve
+from gen_accel.pipelines.tuning.stages import default_candidates
 from gen_accel.pipelines.tuning.tuned import cells, hand_settings
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
