@@ -46,7 +46,7 @@ from gen_accel.lora.report import METRICS, TrainingPage, cut_metrics
 from gen_accel.lora.state import StateFields, TrainingState, whole
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.lora_file import FACTORED, load_factored
-from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.long_video import apply_rule
 from gen_accel.process import answered, leave_closed_terminal
 from gen_accel.registry import needed_for
 

@@ -199,7 +199,7 @@ class _TrainedLora:
         """Lay the rule on the rotary frequencies that it trained with, and watch the guidance."""
         recipe = self.recipe
         if recipe.rope != "none":
-            from gen_accel.pipelines.long_video.rope import apply_recipe
+            from gen_accel.pipelines.long_video import apply_recipe
 
             try:
                 for model in self.models:

@@ -22,7 +22,7 @@ from gen_accel.measure.cost import estimate
 from gen_accel.measure.cost.model import subject_of
 from gen_accel.parsing import brief
 from gen_accel.pipelines.generation import generate
-from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.long_video import apply_rule
 from gen_accel.pipelines.tuning import OtherThanTuned, read_preset, tune_model
 from gen_accel.pipelines.tuning import preset as presets
 from gen_accel.pipelines.tuning.config import TuneConfig

@@ -34,7 +34,7 @@ from gen_accel.attention_processors.attached.attachment import attachments_of, e
 from gen_accel.attention_processors.attached.layer import AttentionExtension, MethodRun
 from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.tokens import Tokens, by_text, together
-from gen_accel.pipelines.long_video.blocks import Remembered, query_blocks
+from gen_accel.pipelines.long_video.technique import Remembered, query_blocks
 from gen_accel.pipelines.zones import CELL, Middle, Zones, salient_tokens
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import extend_attention
 from gen_accel.attention_processors.attached.layer import AttentionExtension
-from gen_accel.pipelines.long_video.blocks import Remembered, key_blocks, query_blocks
-from gen_accel.pipelines.long_video.technique import Target
+from gen_accel.pipelines.long_video.technique import Remembered, Target, key_blocks, query_blocks
 from gen_accel.plan import Plan, Route
 from gen_accel.video import VideoShape
 

@@ -19,7 +19,7 @@ from gen_accel.pipelines.generation.sampling import (
     filled,
     first_transformer,
 )
-from gen_accel.pipelines.long_video.rope import apply_recipe
+from gen_accel.pipelines.long_video import apply_recipe
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.pipelines.tuning.stages import tune
 from gen_accel.pipelines.tuning.tuned import Tuned

@@ -32,8 +32,8 @@ from gen_accel.kernels.triton import lists
 from gen_accel.pipelines import Schedule
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video import extend
-from gen_accel.pipelines.long_video.blocks import key_blocks, query_blocks
 from gen_accel.pipelines.long_video.rotating_anchors import RotatingAnchors
+from gen_accel.pipelines.long_video.technique import key_blocks, query_blocks
 from gen_accel.pipelines.long_video.ultravico import UltraViCo
 from gen_accel.pipelines.long_video.window_noise import WindowNoise
 from gen_accel.plan import Plan
