@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gen_accel.kernels.base import Context, Kernel
 from gen_accel.kernels.dispatch import native_serves, triton_serves
-from gen_accel.kernels.native import curve as native_curve
 from gen_accel.kernels.native import rest as native
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Slots, pack, unpack
 
@@ -364,7 +363,7 @@ def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float, kernel: str = "auto
     if plan.rest is None or plan.rest.order != "second":
         return None
     if native_serves(kernel, q, k):
-        return Curve(*native_curve.curve_of(q, k, plan, scale))
+        return Curve(*native.curve_of(q, k, plan, scale))
     if triton_serves(kernel, q, q.shape[3]):
         from gen_accel.kernels.triton import curve as by_triton  # imports triton
 

@@ -5,7 +5,7 @@ import torch
 from support.checks import assert_no_worse
 
 from gen_accel.kernels import rest
-from gen_accel.kernels.native import curve as native
+from gen_accel.kernels.native import rest as native
 from gen_accel.plan import Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "built")

@@ -1,13 +1,13 @@
-"""Rest of a plan in C++: added to attention over the kept blocks, see rest.cpp, and slope.cpp for
-its first order; or in one pass with the choice and the kept blocks, see piecewise.cpp. And the
-spread, by which the blocks of other plans are chosen: see spread.cpp."""
+"""Rest of a plan in C++: added to attention over the kept blocks, see rest.cpp, slope.cpp for its
+first order and curve.cpp for its second; or in one pass with the choice and the kept blocks, see
+piecewise.cpp. And the spread, by which the blocks of other plans are chosen: see spread.cpp."""
 
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Context, Values
+from gen_accel.kernels.base import Context, Values, alike
 from gen_accel.kernels.native import multiplies_bf16
 from gen_accel.kernels.native.arguments import NativeCall, blocks_of, check, shape_of
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, RestOrder, Slots
@@ -362,6 +362,118 @@ def _slope_gradients(
     call.writes(dlse=dlse, more=more, dq=dq, dk=dk, dv=dv)
     call.run("slope_backward")
     return dlse, more, dq, dk, dv
+
+
+def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute rise and weight of `kernels.rest.Curve`, in fp32."""
+    of_q, of_k = (x.expand(*q.shape[:2], -1) for x in plan.counted_blocks())
+    slots = None if plan.is_raster else plan.slots
+    blocks = plan.block_q, plan.block_k
+    counts = of_q.contiguous(), of_k.contiguous()
+    rise, weight, _ = _curve(q, k, *counts, slots, len(plan.slots), *blocks, scale)
+    return rise, weight
+
+
+@torch.library.custom_op("gen_accel::native_curve", mutates_args=())
+def _curve(
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute rise (B, H, N), and weight and mean squares of k, (B, H, D), all fp32.
+
+    Args:
+        of_q, of_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block counts.
+    """
+    call = _curve_call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    rise, weight, by = _curve_results(q)
+    call.writes(rise=rise, weight=weight, by=by)
+    call.run("curve_forward")
+    return rise, weight, by
+
+
+def _curve_results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = q.shape
+    rise = q.new_empty(B, H, N, dtype=torch.float32)
+    weight = q.new_empty(B, H, D, dtype=torch.float32)
+    return rise, weight, torch.empty_like(weight)
+
+
+_curve.register_fake(lambda q, *given: _curve_results(q))
+
+
+@torch.library.custom_op("gen_accel::native_curve_backward", mutates_args=())
+def _curve_gradients(
+    of_rise: Tensor,
+    of_weight: Tensor,
+    weight: Tensor,
+    by: Tensor,
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of q and k."""
+    call = _curve_call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    (B, H, N, D), wide = q.shape, torch.float32
+    call.read("of_rise", of_rise, wide, (B, H, N))
+    call.read("of_weight", of_weight, wide, (B, H, D))
+    call.read("weight", weight, wide, (B, H, D))
+    call.read("by", by, wide, (B, H, D))
+    call.writes(dq=dq, dk=dk)
+    call.run("curve_backward")
+    return dq, dk
+
+
+_curve_gradients.register_fake(alike(4, 2))
+
+
+def _curve_call(
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> NativeCall:
+    factor = CURVATURE * (scale * scale)
+    call = NativeCall("curve", block_q=block_q, block_k=block_k, factor=factor)
+    Kq, Kk = blocks_of(count, block_q, block_k)
+    B, H, _, _ = call.rows(q=q, k=k)
+    call.slots(slots, count)
+    call.read("of_q", of_q, torch.float32, (B, H, Kq))
+    call.read("of_k", of_k, torch.float32, (B, H, Kk))
+    return call
+
+
+def _save_curve(ctx: Context, inputs: Values, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.count, ctx.block_q, ctx.block_k, ctx.scale = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+
+
+def _differentiate_curve(
+    ctx: Context, of_rise: Tensor, of_weight: Tensor, of_by: Tensor
+) -> Values:
+    sizes = ctx.count, ctx.block_q, ctx.block_k, ctx.scale
+    return *_curve_gradients(of_rise, of_weight, *ctx.saved_tensors, *sizes), *[None] * 7
+
+
+_curve.register_autograd(_differentiate_curve, setup_context=_save_curve)
 
 
 def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
