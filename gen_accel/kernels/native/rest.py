@@ -466,14 +466,12 @@ def _save_curve(ctx: Context, inputs: Values, output: tuple[Tensor, Tensor, Tens
     ctx.save_for_backward(*output[1:], *tensors)
 
 
-def _differentiate_curve(
-    ctx: Context, of_rise: Tensor, of_weight: Tensor, of_by: Tensor
-) -> Values:
+def _derive_curve(ctx: Context, of_rise: Tensor, of_weight: Tensor, of_by: Tensor) -> Values:
     sizes = ctx.count, ctx.block_q, ctx.block_k, ctx.scale
     return *_curve_gradients(of_rise, of_weight, *ctx.saved_tensors, *sizes), *[None] * 7
 
 
-_curve.register_autograd(_differentiate_curve, setup_context=_save_curve)
+_curve.register_autograd(_derive_curve, setup_context=_save_curve)
 
 
 def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:

@@ -52,8 +52,7 @@ from gen_accel.pipelines.generation.prompt_list import Generated, Share
 from gen_accel.pipelines.generation.sampling import FPS, Denoised, denoise
 from gen_accel.pipelines.generation.step_cache import caching, words_of_cache
 from gen_accel.pipelines.generation.steps import expected, stepping
-from gen_accel.pipelines.generation.stream import Streamer, StreamSettings
-from gen_accel.pipelines.generation.stream_file import write_streamed
+from gen_accel.pipelines.generation.stream import Streamer, StreamSettings, write_streamed
 from gen_accel.pipelines.linear_layers import pack_linears, words_of
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.preset import NotMeasured, OtherThanTuned, Preset

@@ -23,7 +23,7 @@ from gen_accel import Dense, Piecewise, Schedule
 from gen_accel.attention_processors.families import families, family_named
 from gen_accel.lora.artefact import add_lora
 from gen_accel.measure.video_io import count_frames, encode, finish, read_about, read_video
-from gen_accel.pipelines.generation import stream_file
+from gen_accel.pipelines.generation import stream
 from gen_accel.pipelines.generation.config import Clip, GenerateConfig, prompts_of
 from gen_accel.pipelines.generation.decode import as_uint8, decode_stream
 from gen_accel.pipelines.generation.generate import generate
@@ -453,7 +453,7 @@ def test_the_time_that_is_left_is_of_whole_chunks_from_the_first_frame_on(tmp_pa
     """All of the first chunk is made before its first frame is here."""
     seconds = iter([0.0, 10.0, 20.0, 30.0, 40.0])
     clock = SimpleNamespace(perf_counter=lambda: next(seconds))
-    monkeypatch.setattr(stream_file, "time", clock)
+    monkeypatch.setattr(stream, "time", clock)
     parts = [np.zeros((count, 16, 16, 3), np.uint8) for count in (1, 12, 12)]
     streamer: Any = SimpleNamespace(
         lengths=Lengths(25, 3, 4),
@@ -464,6 +464,6 @@ def test_the_time_that_is_left_is_of_whole_chunks_from_the_first_frame_on(tmp_pa
     heard = []
     with heard_by(heard.append):
         film = tmp_path / "film.mp4"
-        stream_file.write_streamed(streamer, film, tmp_path / "film", {}, dict, fps=16)
+        stream.write_streamed(streamer, film, tmp_path / "film", {}, dict, fps=16)
     assert count_frames(film) == 25
     assert [one.left for one in heard if one.done] == [40.0, 20.0, 0.0]
