@@ -203,7 +203,7 @@ def test_an_interrupted_run_leaves_no_half_file(machines, tmp_path):
 @pytest.mark.slow
 def test_videos_equal_those_of_one_process(machines, tmp_path, monkeypatch):
     from gen_accel import Dense, demo
-    from gen_accel.pipelines.generation import generate, on_ray
+    from gen_accel.pipelines.generation import generate
 
     prompts = ["a red circle", "a blue square", "a green circle", "a red square"]
     clip = {"frames": 5, "height": 32, "width": 32, "steps": 1}
@@ -219,7 +219,7 @@ def test_videos_equal_those_of_one_process(machines, tmp_path, monkeypatch):
             cluster, job, left, partial(ray_workers.failing, load, tmp_path)
         ),
     )
-    with pytest.raises(on_ray.Unmade, match="1 of 4 videos could not be made") as failed:
+    with pytest.raises(generate.Unmade, match="1 of 4 videos could not be made") as failed:
         made(tmp_path / "ray" / "clip.gif", ray="local", ray_workers=1)
     assert failed.value.failed == {"clip-002.gif": "the prompt is bad"}
     assert [one.seed for one in failed.value.made] == [0, 1, 3]

@@ -171,8 +171,7 @@ def generate(config: GenerateConfig, line: GenerateLine) -> None:
             out.append(_plan(config, line.gpu))
             return
         with without(*_unused(config)), loading():
-            from gen_accel.pipelines.generation.generate import decode_latents, generate_by
-            from gen_accel.pipelines.generation.on_ray import Unmade
+            from gen_accel.pipelines.generation.generate import Unmade, decode_latents, generate_by
         if config.from_latents is not None:
             path = decode_latents(
                 config.model,
