@@ -187,12 +187,11 @@ def _estimated(config: EstimateConfig) -> tuple[list[str], dict[str, object]]:
         from gen_accel.measure.cost.estimate import over_lengths
         from gen_accel.measure.cost.forecast import curve_lines, forecast
         from gen_accel.measure.cost.model import subject_of
-        from gen_accel.pipelines.generation.run_size import whole_run
+        from gen_accel.pipelines.generation.model_index import frame_rate_of, whole_run
 
     source = model_named(config.model)
     frames, height, width, steps = whole_run(config.model, config)
     if config.stream:
-        from gen_accel.pipelines.generation.run_size import frame_rate_of
         from gen_accel.pipelines.generation.stream import StreamSettings
         from gen_accel.pipelines.generation.stream_cost import forecast_stream
 

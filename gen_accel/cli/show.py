@@ -159,7 +159,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
         if self.model is None:
             return VideoShape(self.frames or 0, self.height or 0, self.width or 0, self.text)
         from gen_accel.measure.cost.model import subject_of
-        from gen_accel.pipelines.generation.run_size import whole_run
+        from gen_accel.pipelines.generation.model_index import whole_run
 
         frames, height, width, _ = whole_run(self.model, self)
         subject = subject_of(model_named(self.model))
@@ -251,7 +251,7 @@ def _show_lora(config: ShowConfig, lora: Path) -> None:
 def _resolved(config: ShowConfig, preset: str) -> "tuple[Method, Schedule | None, Preset | None]":
     """Find what a preset is, as `generate` does."""
     from gen_accel.measure.cost.model import subject_of
-    from gen_accel.pipelines.generation.run_size import whole_run
+    from gen_accel.pipelines.generation.model_index import whole_run
     from gen_accel.pipelines.tuning import read_preset
     from gen_accel.pipelines.tuning.preset import by_rule, choose_preset
 

@@ -55,21 +55,19 @@ from gen_accel.pipelines.generation.inputs import (
 from gen_accel.pipelines.generation.loading import bytes_to_fetch, find_device, needed_parts
 from gen_accel.pipelines.generation.lora_words import names_of
 from gen_accel.pipelines.generation.model_index import (
+    asked_run,
     check_model,
     folder_of,
+    frame_rate_of,
+    frames_in,
     index_of,
+    known_run,
     location_of,
     pipeline_class,
+    whole_run,
 )
 from gen_accel.pipelines.generation.of_blocks import is_of_blocks
 from gen_accel.pipelines.generation.quantising import check_plain
-from gen_accel.pipelines.generation.run_size import (
-    asked_run,
-    frame_rate_of,
-    frames_in,
-    known_run,
-    whole_run,
-)
 from gen_accel.pipelines.generation.sampling import check_clip, filled
 from gen_accel.pipelines.generation.step_cache import check_cache, skipped_steps
 from gen_accel.pipelines.generation.stream import StreamSettings, stream_clip

@@ -10,9 +10,8 @@ from gen_accel.config import check_outputs
 from gen_accel.paths import expanded, model_named
 from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, values_of_clip
 from gen_accel.pipelines.generation.loading import find_device, load
-from gen_accel.pipelines.generation.model_index import check_model
+from gen_accel.pipelines.generation.model_index import asked_run, check_model, usual_run
 from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
-from gen_accel.pipelines.generation.run_size import asked_run, usual_run
 from gen_accel.pipelines.generation.sampling import (
     arguments,
     check_clip,

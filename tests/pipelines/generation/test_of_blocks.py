@@ -18,9 +18,14 @@ from gen_accel.measure.video_io import Sound, opened_film, write_video
 from gen_accel.pipelines.generation.config import ConditioningFiles
 from gen_accel.pipelines.generation.inputs import fit, open_files
 from gen_accel.pipelines.generation.loading import Loading, load, needed_parts
-from gen_accel.pipelines.generation.model_index import index_of, pipeline_class, skeleton
+from gen_accel.pipelines.generation.model_index import (
+    index_of,
+    pipeline_class,
+    skeleton,
+    usual_run,
+    whole_run,
+)
 from gen_accel.pipelines.generation.of_blocks import CalledBlocks, is_of_blocks
-from gen_accel.pipelines.generation.run_size import usual_run, whole_run
 from gen_accel.pipelines.generation.sampling import Clip, default_of, filled, parameters
 from gen_accel.ui.worker import WorkerProcess, arguments
 
