@@ -17,7 +17,6 @@ from gen_accel.attention_processors.families.latents import (
     LAST_FRAME,
     LAST_IS_GIVEN,
 )
-from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.caching.latents import LatentCache, held_out
 from gen_accel.lora.config import CAUSAL, Stage, TrainConfig
@@ -27,6 +26,7 @@ from gen_accel.lora.processes import ProcessGroups
 from gen_accel.pipelines.generation.stream import Lengths
 from gen_accel.pipelines.sampler import equal_steps, shifted
 from gen_accel.registry import needed_for
+from gen_accel.video import temporal_patch
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

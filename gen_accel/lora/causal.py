@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import noise_level
 from gen_accel.lora.caching.inputs import TEXT
 from gen_accel.lora.config import CAUSAL, TrainConfig
 from gen_accel.pipelines.long_video.chunks import streaming_family
 from gen_accel.pipelines.zones import Middle, Zones
+from gen_accel.video import temporal_patch
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

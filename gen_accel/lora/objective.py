@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import Family, family_for
 from gen_accel.attention_processors.families.latents import FIRST_FRAME, IS_GIVEN
-from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.batches import Adapter, Batch
 from gen_accel.lora.causal import CausalChunks
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.student_steps import StudentSteps
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention, Clip
 from gen_accel.pipelines.sampler import own_shift, shifted, unshifted
+from gen_accel.video import temporal_patch
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

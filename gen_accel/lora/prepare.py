@@ -15,7 +15,6 @@ from torch import nn
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.families.pipelines import takes
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.cluster import Cluster, connected
 from gen_accel.lora.adapters import read_start
@@ -82,7 +81,7 @@ from gen_accel.pipelines.long_video import check_names, check_rule, known_traine
 from gen_accel.pipelines.sampler import SOUND, own_shift
 from gen_accel.process import check_free
 from gen_accel.registry import needed_for
-from gen_accel.video import Coding, VideoShape
+from gen_accel.video import Coding, VideoShape, latent_frames, temporal_patch
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator

@@ -19,7 +19,6 @@ from torch import Tensor
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.attention_processors.methods.registry import method_from, saved_options
 from gen_accel.io import room_told
 from gen_accel.lora import checkpoint
@@ -49,6 +48,7 @@ from gen_accel.pipelines.generation.lora_file import FACTORED, load_factored
 from gen_accel.pipelines.long_video import apply_rule
 from gen_accel.process import answered, leave_closed_terminal
 from gen_accel.registry import needed_for
+from gen_accel.video import temporal_patch
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator, PartialState

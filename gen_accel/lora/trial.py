@@ -19,7 +19,6 @@ from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.families.base import takes_frames
 from gen_accel.attention_processors.families.pipelines import pipeline_of
 from gen_accel.attention_processors.families.weights import block_names
-from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.lora.caching.encoders import check_trained
 from gen_accel.lora.caching.inputs import (
@@ -43,6 +42,7 @@ from gen_accel.pipelines.generation.quantising import load_quantised
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.pipelines.long_video import check_rule
 from gen_accel.served import row_of
+from gen_accel.video import patch_of
 
 TOKENS, PATCHES, EMBEDDING = 6, 5, 8  # of a text, an image, a patch
 SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window

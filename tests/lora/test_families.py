@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gen_accel import extend
 from gen_accel.attention_processors.families import FAMILIES, Family, family_named
-from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.lora import TrainConfig, dry_run
 from gen_accel.lora.batches import SIGMAS
 from gen_accel.lora.caching.encode import cache
@@ -29,7 +28,7 @@ from gen_accel.lora.prepare import model_of
 from gen_accel.pipelines.generation.loading import add_loras
 from gen_accel.pipelines.long_video import RULES, apply_rule
 from gen_accel.pipelines.sampler import shifted
-from gen_accel.video import Coding
+from gen_accel.video import Coding, vae_factor
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.turns(3)]
 

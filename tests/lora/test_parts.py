@@ -16,7 +16,6 @@ from torch import nn
 from gen_accel import Radial, attach
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import FAMILIES, family_named
-from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.memory import (
@@ -27,6 +26,7 @@ from gen_accel.lora.memory import (
 )
 from gen_accel.lora.step_trace import StepTracer, takes_first_frame
 from gen_accel.measure.cost.model import subject_of
+from gen_accel.video import patch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -798,7 +798,7 @@ class Family:
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         """Arguments of one forward pass for clips of this grid and prompts of so many tokens, of
         any values, on the transformer's device; see "traced calls" of `USES`."""
-        from gen_accel.attention_processors.lengths import patch_of
+        from gen_accel.video import patch_of
 
         config, like = transformer.config, self._like(transformer)
         sides = (n * p for n, p in zip(video.grid, patch_of(config), strict=True))

@@ -43,8 +43,7 @@ from gen_accel.attention_processors.families.latents import (
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.families.rotary import Table, by_frames
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.attention_processors.lengths import vae_factor
-from gen_accel.video import VideoShape
+from gen_accel.video import VideoShape, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

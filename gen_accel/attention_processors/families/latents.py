@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.video import Coding
+from gen_accel.video import Coding, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,8 +32,6 @@ def encoded(
     Args:
         coding: the autoencoder's; None: as the pipeline says.
     """
-    from gen_accel.attention_processors.lengths import vae_factor  # attaching does without
-
     vae, step = pipe.vae, vae_factor(pipe, "temporal")
     if coding is None and step is None:
         raise ValueError(f"{type(pipe).__name__} does not say how many frames a latent has")

@@ -7,12 +7,6 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gen_accel.attention_processors.lengths import (
-    latent_frames,
-    nearest,
-    patch_of,
-    temporal_patch,
-)
 from gen_accel.io import clear_partial
 from gen_accel.lora.caching.chunks import CacheFields, CacheOptions, ClipChunk
 from gen_accel.lora.caching.encoders import (
@@ -44,6 +38,12 @@ from gen_accel.lora.data.report import (
 from gen_accel.lora.data.survey import check_scenes
 from gen_accel.pipelines.generation.progress import Progress, waiting
 from gen_accel.process import locked, unwinding
+from gen_accel.video import (
+    latent_frames,
+    nearest,
+    patch_of,
+    temporal_patch,
+)
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -13,7 +13,6 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.clock import TRANSFORMERS
 from gen_accel.attention_processors.families import Given, classes_for, family_of
-from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.io import read_fields, write_json
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
@@ -31,7 +30,7 @@ from gen_accel.pipelines.generation.model_index import (
 from gen_accel.pipelines.generation.of_blocks import is_of_blocks
 from gen_accel.pipelines.generation.quantising import hollow_of
 from gen_accel.registry import needed_for
-from gen_accel.video import Coding
+from gen_accel.video import Coding, vae_factor
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin

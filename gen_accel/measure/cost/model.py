@@ -33,7 +33,6 @@ from gen_accel.attention_processors.families.base import Config, Pass
 from gen_accel.attention_processors.families.layers import Flops, Lengths
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.weights import BYTES, held_names
-from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched, index_file, index_in
 from gen_accel.io import read_fields, read_index, typed
 from gen_accel.parsing import shown
@@ -41,7 +40,7 @@ from gen_accel.paths import DEMO, expanded, model_named
 from gen_accel.published import PARTS
 from gen_accel.registry import needed_for
 from gen_accel.served import check_row, no_model, row_of
-from gen_accel.video import Coding, VideoShape
+from gen_accel.video import PIXELS, Coding, VideoShape, nearest, patch_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

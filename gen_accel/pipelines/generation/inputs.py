@@ -24,7 +24,6 @@ from PIL import Image
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.wan import OVERLAP
-from gen_accel.attention_processors.lengths import patch_of, vae_factor
 from gen_accel.io import contents_sha256, parse_json
 from gen_accel.measure.video_io import (
     frames_of,
@@ -56,6 +55,7 @@ from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 from gen_accel.registry import nearest_to
+from gen_accel.video import patch_of, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.latents import unscaled
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.io import replacing
 from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.pipelines.generation.sampling import (
@@ -29,6 +28,7 @@ from gen_accel.pipelines.generation.sampling import (
     parameters,
     served_family,
 )
+from gen_accel.video import vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

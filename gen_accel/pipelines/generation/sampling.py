@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.families import Family, family_of
-from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.measure.video_io import Sound
 from gen_accel.memory import check_room
@@ -25,7 +24,7 @@ from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import as_uint8, decode_stream, is_streamed
 from gen_accel.pipelines.generation.progress import Tick, counted
 from gen_accel.pipelines.sampler import wasted_step
-from gen_accel.video import VideoShape
+from gen_accel.video import PIXELS, VideoShape, nearest, patch_of, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

@@ -34,7 +34,6 @@ from gen_accel.attention_processors.attached.attachment import attachments_of, o
 from gen_accel.attention_processors.attached.recipe import Recipe, recipes_of
 from gen_accel.attention_processors.families.decoders import endless_parts_of
 from gen_accel.attention_processors.families.pipelines import choose
-from gen_accel.attention_processors.lengths import patch_of, temporal_patch, vae_factor
 from gen_accel.io import read_fields, replacing, save_tensors, write_json
 from gen_accel.measure.video_io import count_frames, encode, finish
 from gen_accel.outputs import ABOUT, FILM
@@ -51,6 +50,7 @@ from gen_accel.pipelines.long_video.chunks import ChunkedAttention, streaming_fa
 from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
 from gen_accel.pipelines.zones import STEPS, Zones, read_zones
 from gen_accel.process import locked
+from gen_accel.video import patch_of, temporal_patch, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

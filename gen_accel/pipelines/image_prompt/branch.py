@@ -19,11 +19,10 @@ from gen_accel.attention_processors.image_prompt import (
     image_attention,
     warn_of_other_text,
 )
-from gen_accel.attention_processors.lengths import temporal_patch, vae_factor
 from gen_accel.pipelines.image_prompt.guidance import Calls, Layout
 from gen_accel.pipelines.image_prompt.strength import Strength, token_weights
 from gen_accel.pipelines.image_prompt.tokens import Images, Side, Watched
-from gen_accel.video import VideoShape
+from gen_accel.video import VideoShape, temporal_patch, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

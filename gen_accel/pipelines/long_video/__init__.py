@@ -18,7 +18,6 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.recipe import CONFIG, Recipe
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.attention_processors.methods.registry import values_of
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.io import read_json
@@ -30,6 +29,7 @@ from gen_accel.pipelines.long_video.riflex import Riflex, check_heads
 from gen_accel.pipelines.long_video.technique import Target, Technique
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
 from gen_accel.registry import TECHNIQUES, check_techniques, split_technique
+from gen_accel.video import latent_frames, temporal_patch, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import one_generation
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.generation.decode import is_streamed, streamed_families, unscaled
 from gen_accel.pipelines.long_video.technique import Arguments, Target
+from gen_accel.video import latent_frames
 
 NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
 

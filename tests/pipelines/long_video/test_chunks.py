@@ -14,7 +14,6 @@ from gen_accel.attention_processors import Piecewise, Radial
 from gen_accel.attention_processors.attached.attachment import extend_attention
 from gen_accel.attention_processors.attached.layer import AttentionExtension
 from gen_accel.attention_processors.families import families, family_of
-from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.pipelines.long_video.chunks import (
     ChunkedAttention,
     Clip,
@@ -24,7 +23,7 @@ from gen_accel.pipelines.long_video.chunks import (
     salient,
 )
 from gen_accel.pipelines.zones import MIDDLES, Zones
-from gen_accel.video import VideoShape
+from gen_accel.video import VideoShape, temporal_patch
 
 STREAMED = sorted(one.name for one in families() if one.serves("streams"))
 GRID = VideoShape(2, 6, 8)

@@ -17,7 +17,6 @@ from support.tiny import skyreels
 
 import gen_accel
 from gen_accel.attention_processors.families import family_named
-from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.long_video import (
     RULES,
     TECHNIQUES,
@@ -29,6 +28,7 @@ from gen_accel.pipelines.long_video import (
 )
 from gen_accel.pipelines.long_video.continuation import LatentConstraint, matched, noised
 from gen_accel.pipelines.long_video.ultravico import UltraViCo
+from gen_accel.video import latent_frames
 
 family = family_named("wan")
 
