@@ -33,8 +33,8 @@ from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from gen_accel.io import DEEPEST, read_text, too_deep
-from gen_accel.outputs import Named, check_places
 from gen_accel.parsing import as_text, convert, example, members, shown, wrong_type
+from gen_accel.paths import Named, check_places
 from gen_accel.registry import nearest_to, needed_for
 
 with needed_for("a config", extra="video"):

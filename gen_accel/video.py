@@ -1,5 +1,5 @@
-"""Token grid of one video, the only geometry that the rest of the package sees; and its lengths and
-sizes in pixels, in latents and in tokens."""
+"""Token grid of one video, the only geometry that the rest of the package sees; and its lengths
+and sizes in pixels, in latents and in tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -18,7 +18,6 @@ FLOORS = (
             "hub",
             "lazy",
             "memory",
-            "outputs",
             "parsing",
             "paths",
             "process",

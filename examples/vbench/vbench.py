@@ -24,8 +24,7 @@ from typing import Any
 
 from gen_accel.io import replacing
 from gen_accel.measure.motion import measure_file
-from gen_accel.outputs import numbered
-from gen_accel.paths import FILM_SUFFIXES
+from gen_accel.paths import FILM_SUFFIXES, numbered
 from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.registry import nearest_to
 

@@ -45,9 +45,8 @@ from gen_accel.attention_processors.methods.registry import method_from
 from gen_accel.attention_processors.methods.vsa import VSA, Gate
 from gen_accel.io import check_finite, named, read_tensors, replacing, save_tensors
 from gen_accel.lora.experts import NOISE
-from gen_accel.outputs import check_places
 from gen_accel.parsing import cut, shown
-from gen_accel.paths import check_input, expanded
+from gen_accel.paths import check_input, check_places, expanded
 from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
 from gen_accel.pipelines.generation.lora_file import PREFIX as THEIRS
 from gen_accel.published import trained_method

@@ -23,8 +23,8 @@ from starlette.requests import ClientDisconnect
 
 from gen_accel.demo import NAME, path
 from gen_accel.measure.report import MEDIA_TYPES
-from gen_accel.outputs import preview_of
 from gen_accel.parsing import fits, shown
+from gen_accel.paths import preview_of
 from gen_accel.served import RUNS, row_of
 from gen_accel.ui.files import UPLOADS
 from gen_accel.ui.queue import (

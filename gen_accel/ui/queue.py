@@ -23,8 +23,8 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
 from gen_accel.io import clear_partial, write_json
-from gen_accel.outputs import ABOUT, CHUNKS, FILM
 from gen_accel.parsing import fits, is_whole, shown, written_type
+from gen_accel.paths import ABOUT, CHUNKS, FILM
 from gen_accel.pipelines.generation.progress import Update
 from gen_accel.process import locked, taken
 from gen_accel.ui.files import WRITTEN

@@ -9,7 +9,7 @@ from PIL import Image
 
 from gen_accel.io import replacing
 from gen_accel.measure.video_io import count_frames, frames_of, read_picture, read_stream
-from gen_accel.outputs import comparison_files
+from gen_accel.paths import comparison_files
 from gen_accel.ui.queue import DONE, INTERRUPTED, STOPPED, Queue, QueuedJob
 
 THUMBNAIL = "thumbnail.jpg"  # in the folder of a job

@@ -24,7 +24,7 @@ from support.products import NIGHTLY
 
 from gen_accel.io import read_fields
 from gen_accel.lora import checkpoint, trainer
-from gen_accel.outputs import DONE
+from gen_accel.paths import DONE
 
 pytestmark = pytest.mark.slow
 

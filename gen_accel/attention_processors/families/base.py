@@ -49,7 +49,7 @@ from gen_accel.attention_processors.families.sites import (
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.registry import FIRST, KINDS, LAST, VIDEO
 from gen_accel.served import FAMILIES
-from gen_accel.video import Coding, VideoShape
+from gen_accel.video import Coding, VideoShape, patch_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -798,8 +798,6 @@ class Family:
     def inputs(self, transformer: Model, video: VideoShape, text: int, batch: int) -> Arguments:
         """Arguments of one forward pass for clips of this grid and prompts of so many tokens, of
         any values, on the transformer's device; see "traced calls" of `USES`."""
-        from gen_accel.video import patch_of
-
         config, like = transformer.config, self._like(transformer)
         sides = (n * p for n, p in zip(video.grid, patch_of(config), strict=True))
         given = {

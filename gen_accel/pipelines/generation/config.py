@@ -13,9 +13,9 @@ from gen_accel.config import Config, Outputs, Words, check_text, option
 from gen_accel.hub import check_pipeline, check_sources, check_there, file_in, parted
 from gen_accel.io import plain, read_fields, read_text
 from gen_accel.memory import check_room
-from gen_accel.outputs import CHUNKS, comparison_files, free_name, numbered, preview_of, record_of
 from gen_accel.parsing import shown
 from gen_accel.paths import (
+    CHUNKS,
     adapter_named,
     check_files,
     check_input,
@@ -23,8 +23,13 @@ from gen_accel.paths import (
     check_output,
     check_picture,
     check_video_path,
+    comparison_files,
     expanded,
+    free_name,
     model_files,
+    numbered,
+    preview_of,
+    record_of,
 )
 from gen_accel.pipelines.sampler import Sampler, check_levels
 from gen_accel.pipelines.zones import read_zones

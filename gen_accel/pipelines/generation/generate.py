@@ -20,8 +20,7 @@ from gen_accel.hub import parted
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.clip_settings import ClipSettings
 from gen_accel.measure.video_io import Sound, check_writable, holds_sound, write_stream
-from gen_accel.outputs import comparison_files, preview_of
-from gen_accel.paths import expanded
+from gen_accel.paths import comparison_files, expanded, preview_of
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import compare_with_dense

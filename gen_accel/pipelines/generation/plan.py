@@ -28,9 +28,8 @@ from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
-from gen_accel.outputs import numbered
 from gen_accel.parsing import as_text, is_told, shown
-from gen_accel.paths import DEMO, check_replaceable, expanded, model_named
+from gen_accel.paths import DEMO, check_replaceable, expanded, model_named, numbered
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.io import contents_sha256, read_fields, typed
 from gen_accel.measure import write_json
-from gen_accel.outputs import record_of
+from gen_accel.paths import record_of
 from gen_accel.pipelines.generation.config import Loading
 from gen_accel.pipelines.generation.loading import find_device
 from gen_accel.registry import needed_for

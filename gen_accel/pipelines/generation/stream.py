@@ -36,8 +36,8 @@ from gen_accel.attention_processors.families.decoders import endless_parts_of
 from gen_accel.attention_processors.families.pipelines import choose
 from gen_accel.io import read_fields, replacing, save_tensors, write_json
 from gen_accel.measure.video_io import count_frames, encode, finish
-from gen_accel.outputs import ABOUT, FILM
 from gen_accel.parsing import shown
+from gen_accel.paths import ABOUT, FILM
 from gen_accel.pipelines.generation.config import Clip
 from gen_accel.pipelines.generation.decode import decode_chunks, load_latents
 from gen_accel.pipelines.generation.progress import Progress

@@ -11,7 +11,7 @@ from gen_accel.io import read_fields
 from gen_accel.measure.clip_settings import read_settings
 from gen_accel.measure.report import headline, without_times, write_report
 from gen_accel.measure.video_io import read_stream, video_fps
-from gen_accel.outputs import comparison_files
+from gen_accel.paths import comparison_files
 from gen_accel.ui.page import (
     ADDING,
     BUTTONS,

@@ -17,7 +17,7 @@ from gen_accel.cli.show import ShowConfig
 from gen_accel.demo import NAME
 from gen_accel.io import read_fields
 from gen_accel.measure.cost.figures import card_names
-from gen_accel.outputs import free_name
+from gen_accel.paths import free_name
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESET, PRESETS
 from gen_accel.served import PUBLISHED

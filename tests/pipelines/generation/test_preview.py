@@ -16,7 +16,7 @@ from gen_accel import Dense, Radial, demo
 from gen_accel.attention_processors.families import families, family_of
 from gen_accel.attention_processors.families.base import Generation
 from gen_accel.measure import read_video
-from gen_accel.outputs import preview_of
+from gen_accel.paths import preview_of
 from gen_accel.pipelines.generation import preview
 from gen_accel.pipelines.generation.decode import decode_stream, load_latents
 from gen_accel.pipelines.generation.generate import generate
