@@ -31,8 +31,8 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.families import family_of
+from gen_accel.demo import COLORS, SHAPES
 from gen_accel.demo.detector import detect
-from gen_accel.demo.words import COLORS, SHAPES
 from gen_accel.demo.world import Scene
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment

@@ -22,13 +22,13 @@ from study import longer
 
 from gen_accel import Dense, Piecewise
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
-from gen_accel.demo import words
+from gen_accel.demo import SHAPES as ALL_SHAPES
 from gen_accel.demo.job import lora_path
 from gen_accel.measure import write_json
 from gen_accel.measure.machine import environment
 from gen_accel.pipelines.sampler import equal_steps
 
-SHAPES = {*words.SHAPES}
+SHAPES = {*ALL_SHAPES}
 CLIPS, SEED = 48, 7000
 TEACHER, STUDENT = "teacher", "student"
 EIGHT = "8 steps, with the student"

@@ -17,9 +17,8 @@ from diffusers import WanPipeline
 from rich.progress import track
 
 from gen_accel import demo
-from gen_accel.demo import TRAINED_FRAMES, world
+from gen_accel.demo import SPEEDS, TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect
-from gen_accel.demo.words import SPEEDS
 from gen_accel.demo.world import Scene
 
 

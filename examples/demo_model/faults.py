@@ -24,7 +24,7 @@ from demo_model.scenes import (
 )
 from torch import Tensor
 
-from gen_accel.demo.words import DIRECTIONS
+from gen_accel.demo import DIRECTIONS
 
 
 def other_count(scene: Scene, seed: int) -> Scene:

@@ -49,7 +49,7 @@ from demo_model.scenes import (
     scene_of,
 )
 
-from gen_accel.demo.words import DIRECTIONS, SPEEDS
+from gen_accel.demo import DIRECTIONS, SPEEDS
 from gen_accel.demo.world import TRIANGLE_SAG
 
 QUARTERS = 4

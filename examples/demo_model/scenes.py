@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gen_accel.demo import world
-from gen_accel.demo.words import DIRECTIONS, SPEEDS
+from gen_accel.demo import DIRECTIONS, SPEEDS, world
 from gen_accel.io import replacing
 from gen_accel.measure.video_io import write_video
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.demo import DIRECTIONS, SPEEDS
 from gen_accel.demo.detector import STRIDE, Detection, tracked, velocity
-from gen_accel.demo.words import DIRECTIONS, SPEEDS
 from gen_accel.demo.world import Scene
 
 COLOR_SHARE = 0.9

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from gen_accel.demo.words import WORDS
+from gen_accel.demo import WORDS
 from gen_accel.demo.world import (
     BACKGROUND,
     SEEN,

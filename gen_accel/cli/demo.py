@@ -7,7 +7,7 @@ from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import print_comparison, print_files
 from gen_accel.cli.verb import verb
 from gen_accel.config import Outputs, option
-from gen_accel.demo.words import check_known
+from gen_accel.demo import check_known
 from gen_accel.hub import check_pipeline
 from gen_accel.paths import DEMO, check_files, check_folder_path, expanded, model_files
 from gen_accel.pipelines.generation.config import Device, LinearChoice, MethodChoice

@@ -12,7 +12,7 @@ from gen_accel.cli.loading import FOR_WEIGHTS, QUANTISERS, loading, without
 from gen_accel.cli.printing import FiguresConfig, print_comparison, print_files, terminal_width
 from gen_accel.cli.verb import verb
 from gen_accel.config import option
-from gen_accel.demo.words import check_known
+from gen_accel.demo import check_known
 from gen_accel.parsing import MOST_SHOWN, shown
 from gen_accel.paths import DEMO
 from gen_accel.pipelines.generation.config import GenerateConfig, prompts_of

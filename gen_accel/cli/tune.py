@@ -8,7 +8,7 @@ from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
 from gen_accel.cli.printing import FiguresConfig, print_curve, print_files
 from gen_accel.cli.verb import verb
-from gen_accel.demo.words import check_known
+from gen_accel.demo import check_known
 from gen_accel.paths import DEMO
 from gen_accel.pipelines.generation.config import read_prompts
 from gen_accel.pipelines.tuning.config import TuneConfig

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.demo import world
-from gen_accel.demo.words import COLORS, DIRECTIONS, SHAPES, SPEEDS
+from gen_accel.demo import COLORS, DIRECTIONS, SHAPES, SPEEDS, world
 from gen_accel.demo.world import BACKGROUND, RADIUS
 
 CONTRAST = 80  # grey levels above the background; the darkest colour, green, has 180

@@ -17,11 +17,10 @@ from gen_accel.attention_processors import Dense, Radial
 from gen_accel.attention_processors.attached.recipe import OtherAttention, Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed
-from gen_accel.demo import race
+from gen_accel.demo import ANONYMOUS, PROMPT, SEED, check_known, race
 from gen_accel.demo.detector import detect
 from gen_accel.demo.page import UNKNOWN, RunPage
 from gen_accel.demo.race import Denoising, Entrant
-from gen_accel.demo.words import ANONYMOUS, PROMPT, SEED, check_known
 from gen_accel.io import read_fields
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side
 from gen_accel.measure.machine import ExternalLoad, environment

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gen_accel.demo.words import words_of
+from gen_accel.demo import words_of
 from gen_accel.measure import write_json, write_report, write_video
 from gen_accel.measure.report import template, without_times
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gen_accel.demo.words import COLORS, DIRECTIONS, SHAPES, SPEEDS
+from gen_accel.demo import COLORS, DIRECTIONS, SHAPES, SPEEDS
 from gen_accel.io import replacing
 from gen_accel.measure.video_io import write_video
 
