@@ -97,7 +97,7 @@ API = {
     "image_prompts": (
         "Image prompts",
         [
-            "gen_accel.pipelines.image_prompt.load.load_image_prompt",
+            "gen_accel.pipelines.image_prompt.load_image_prompt",
             "gen_accel.pipelines.image_prompt.handle.ImagePrompt",
             "gen_accel.pipelines.image_prompt.strength.ScaleRange",
         ],

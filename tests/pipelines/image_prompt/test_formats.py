@@ -23,6 +23,7 @@ from gen_accel import load_image_prompt
 from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.lora.caching.inputs import ImageCoder
 from gen_accel.lora.caching.latents import as_features
+from gen_accel.pipelines.image_prompt import load_identity_lora
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, load_encoder, pixels
 from gen_accel.pipelines.image_prompt.formats import (
     VARIANTS,
@@ -32,7 +33,6 @@ from gen_accel.pipelines.image_prompt.formats import (
     read_adapter,
     write_adapter,
 )
-from gen_accel.pipelines.image_prompt.load import load_identity_lora
 from gen_accel.pipelines.image_prompt.projectors import Pixels
 
 UNET = ("base", "plus", "full", "faceid", "faceid_plus", "faceid_plus_v2", "portrait")
