@@ -157,8 +157,7 @@ class Server:
         import gradio as gr
         from fastapi.responses import PlainTextResponse
 
-        from gen_accel.ui.overview import Overview
-        from gen_accel.ui.page import Page, Screens
+        from gen_accel.ui.page import Overview, Page, Screens
         from gen_accel.ui.request import MOST
         from gen_accel.ui.screens import compare, generate, longer, measure, train
 
