@@ -1,5 +1,5 @@
 // Second order of a rest around queries, as rest.cpp takes it, and its gradients: see
-// kernels/curve.py. Forward it reads q twice and k once.
+// kernels/rest.py. Forward it reads q twice and k once.
 //
 // Called through ctypes. Letters as in plan.py.
 

@@ -22,7 +22,7 @@ struct RestArgs {
   float* total;
   void *dq, *dk, *dv;
   float *dout, *dlse;
-  const float *rise, *weight;  // (B, H, N) and (B, H, D), see curve.py; null without a curve
+  const float *rise, *weight;  // (B, H, N) and (B, H, D), see curve.cpp; null without a curve
   float *drise, *dweight;
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;  // (S,), -1 for padding; null where slot = token
