@@ -500,9 +500,8 @@ class FixedLoss:
         number = hash_of_name(self.cache.entries[clip].name)
         seed = seed_of(self.config.seed, NOT_A_STEP, number)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-        names = ("sound", "frames", "fresh")
-        seeds = {name: seed_of(seed, NOT_A_STEP, i) for i, name in enumerate(names)}
-        drawn = Draw(noise, level, captioned=True, **seeds)
+        sound, frames, fresh = (seed_of(seed, NOT_A_STEP, i) for i in range(3))
+        drawn = Draw(noise, level, captioned=True, sound=sound, frames=frames, fresh=fresh)
         return self.batches.of([clip], [latents], [drawn])
 
 
