@@ -163,10 +163,12 @@ def table_of_long(report: dict[str, Any]) -> list[str]:
 
 def table_of_tried(report: dict[str, Any]) -> list[str]:
     """Rows of what was tried on a few prompts, each once."""
-    head = f"right, of {report['prompts']}"
-    lines = [f"| | steps, sampler, shift | calls | {head} |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in report["runs"]]
-    return lines
+    lines = ["| | steps, sampler, shift or levels | calls | right |", "|---|---|---|---|"]
+    for row in report["runs"]:
+        right = f"{row['right']} of {row['of']}"
+        lines.append(f"| {row['loras']} | {row['how']} | {row['calls']} | {right} |")
+    told = (f"{name}: {', '.join(map(str, each))}" for name, each in report["levels"].items())
+    return [*lines, "", f"Levels {'; '.join(told)}."]
 
 
 def _psnr_of(rows: list[Row]) -> str:

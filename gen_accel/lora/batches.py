@@ -79,9 +79,9 @@ class Batch(NamedTuple):
         mask: how much each latent counts, (B, 1, f, h, w); None for 1 everywhere.
         shown: inputs of the adapter.
         sound, sound_noise: (B, tokens, D); None for clips without sound.
+        chunks: seeds of the clips' chunks, (B,) int64; None: see `Draw.chunks`.
         fresh: seeds of the noise that is drawn in the steps of a student, (B,) int64; None for a
             training without them.
-        chunks: seeds of the clips' chunks, (B,) int64; None: see `Draw.chunks`.
     """
 
     clean: Tensor
@@ -94,8 +94,8 @@ class Batch(NamedTuple):
     shown: tuple[Tensor, ...] = ()
     sound: Tensor | None = None
     sound_noise: Tensor | None = None
-    fresh: Tensor | None = None
     chunks: Tensor | None = None
+    fresh: Tensor | None = None
 
     def fresh_noise(self) -> Callable[[], Tensor]:
         """Return a function that draws noise shaped like `noise`, other noise at each call."""
@@ -493,10 +493,10 @@ class Batches:
             shown=tuple(map(self._put, self.adapter.inputs(cache, clips, draws))),
             sound=sound,
             sound_noise=sound_noise,
+            chunks=None if None in seeds else self._put(torch.tensor(seeds)),
             fresh=self._put(torch.tensor([drawn.fresh for drawn in draws]))
             if config.student_steps is not None
             else None,
-            chunks=None if None in seeds else self._put(torch.tensor(seeds)),
         )
 
     def _said(self, clip: int, frames: int, drawn: Draw) -> dict[str, Tensor]:
