@@ -234,16 +234,19 @@ def _pooled(
 
 
 @torch.no_grad()
+@torch.no_grad()
 def pooled_shares(
     q: Tensor, k: Tensor, plan: Plan, *, scale: float, kernel: str = "auto"
 ) -> Tensor:
     """Compute the logarithm of each key block's share of the attention of a query block, the mean
-    over its queries, with the keys of all blocks pooled: (B, H, Kq, Kk) fp32 or wider; -inf for
-    blocks without tokens.
+    over its queries, with the keys of all blocks pooled: (B, H, Kq, Kk) fp32 or wider, without a
+    gradient; -inf for blocks without tokens.
 
     Args:
         plan: a plan with a rest around mean queries; what it keeps is not read.
     """
+    if native_serves(kernel, q, k) and native.chooses(plan, scale):
+        return native.shares(q, k, plan, scale=scale)
     curve = curve_of(q, k, plan, scale, kernel)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k = (pack(x, plan).to(wide) for x in (q, k))

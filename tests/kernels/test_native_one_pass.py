@@ -12,6 +12,7 @@ import gen_accel
 from gen_accel import Piecewise, VideoShape, kernels
 from gen_accel.kernels import reference
 from gen_accel.kernels.native import rest as native
+from gen_accel.kernels.rest import pooled_shares
 
 pytestmark = pytest.mark.usefixtures("poison", "built")
 
@@ -81,6 +82,53 @@ def test_heads_keep_as_many_as_they_are_told():
     both, kernel = sparse.together([sparse, dense, dense][: q.shape[1]]), Noted(0.25)
     both(q, k, v, video=PLAIN, kernel=kernel)
     assert torch.equal(kernel.plan.keep, both.plan_for(q, k, v, video=PLAIN).keep)
+
+
+@pytest.mark.parametrize(
+    ("options", "video", "dtype", "order"),
+    in_turns(
+        [{"block_q": 16, "block_k": 16}, {"block_q": 24, "block_k": 16, "tile": "raster"}],
+        [PLAIN, TEXT],
+        [FP32, BF16, FP16],
+        ["zeroth", "first", "second"],
+    ),
+    ids=str,
+)
+def test_shares_are_as_in_torch(options, video, dtype, order):
+    q, k, _ = close_qkv(video, 40, dtype)
+    plan = Piecewise(0.2, order=order, **options).plan_for(q, k, video=video)
+    ours, plain = (pooled_shares(q, k, plan, scale=0.2, kernel=x) for x in ("native", "gather"))
+    held, held_k = (plan.real.view(-1, x).any(-1) for x in (plan.block_q, plan.block_k))
+    assert ours[:, :, ~held].isneginf().all()
+    assert ours[..., ~held_k].isneginf().all()
+    exact = pooled_shares(q.double(), k.double(), plan, scale=0.2, kernel="gather")
+    ours, plain, exact = (x[:, :, held].exp() for x in (ours, plain, exact))
+    if dtype == BF16:  # the products round what torch multiplies in fp32
+        torch.testing.assert_close(ours, exact.float(), rtol=0.05, atol=2e-3)
+    else:
+        assert_no_worse(ours, plain, exact)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"critical": 0.2, "budget": "head"},
+        {"budget": "mass", "mass": 0.6},
+        {"select": "threshold", "threshold": "exact", "tau": 0.5},
+    ],
+    ids=str,
+)
+def test_what_needs_all_scores_first_chooses_by_shares_in_c_plus_plus(options, monkeypatch):
+    q, k, v = close_qkv(TEXT, 16)
+    method = Piecewise(score="pooled", block_q=16, block_k=16, **options)
+    plain = method.plan_for(q, k, v, video=TEXT, kernel="gather")
+    asked = []
+    run = native.shares
+    monkeypatch.setattr(native, "shares", lambda *a, **b: asked.append(a) or run(*a, **b))
+    plan = method.plan_for(q, k, v, video=TEXT)
+    held = plan.real.view(-1, plan.block_q).any(-1)
+    assert asked
+    assert torch.equal(plan.keep[:, :, held], plain.keep[:, :, held])
 
 
 @pytest.mark.parametrize(

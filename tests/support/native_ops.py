@@ -156,6 +156,12 @@ def choosing(s: Sizes) -> Made:
     return given | {"counts": counts, "score": score, "attends": not s.seed & 128}
 
 
+def shares(s: Sizes) -> Made:
+    given = one_pass(s)
+    kept = ("q", "k", "of_q", "of_k", "slots", "block_q", "block_k", "order", "scale")
+    return {name: given[name] for name in kept} | {"count": s.S}
+
+
 def rest_backward(s: Sizes) -> Made:
     given = {"grad": s.rows(), "of_total": s.draw(*s.tokens)}
     given |= {"joint": s.rows(), "total": s.draw(*s.tokens)}
@@ -221,6 +227,7 @@ CASES: Mapping[str, tuple[Callable[..., Any], Callable[[Sizes], Made]]] = {
     "rest": (OPS.native_rest, rest),
     "one pass": (OPS.native_one_pass, one_pass),
     "choosing": (OPS.native_one_pass, choosing),
+    "shares": (OPS.native_shares, shares),
     "rest backward": (OPS.native_rest_backward, rest_backward),
     "curve": (OPS.native_curve, curve),
     "curve backward": (OPS.native_curve_backward, curve_backward),

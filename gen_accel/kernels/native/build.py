@@ -87,7 +87,7 @@ KINDS = {
     "one_pass": _structure(
         p="q k v o total",
         s="q k v",
-        p2="slots keep chosen always ranked counts of_q of_k",
+        p2="slots keep chosen shares always ranked counts of_q of_k",
         i="B H N D S block_q block_k PB PH order score",
         f="scale most curvature",
     ),

@@ -5,9 +5,10 @@
 // Statistics of queries and keys are made once a head, where keys and values are laid out. Then a
 // thread takes a group of query blocks, pools all key blocks around their mean queries by one
 // product each, and runs each query block against its kept blocks and its pooled keys in one
-// softmax. Which blocks are kept is given, or chosen by what was pooled. Scores lie with the keys
-// along rows and the queries along columns: what is carried from tile to tile is a row, and weights
-// are the right factor of the next product as they are.
+// softmax. Which blocks are kept is given, or chosen by what was pooled; or the answer is what the
+// pooled keys weigh, by which others choose. Scores lie with the keys along rows and the queries
+// along columns: what is carried from tile to tile is a row, and weights are the right factor of the
+// next product as they are.
 //
 // Called through ctypes. Letters as in plan.py.
 
@@ -26,12 +27,13 @@ constexpr float RISE = 8.f;
 
 struct OnePass {
   const void *q, *k, *v;
-  void* o;       // null where blocks are chosen, and nothing more
+  void* o;       // null where blocks are chosen or weighed, and nothing more
   float* total;  // (B, H, N), log-sum-exps
   i64 q_strides[3], k_strides[3], v_strides[3];
   const i64* slots;            // (S,), -1 for padding; null where slot = token
   const uint8_t* keep;         // (PB, PH, Kq, Kk), bools of any bytes; null where it is chosen
   uint8_t* chosen;             // (B, H, Kq, Kk), what is chosen
+  float* shares;               // (B, H, Kq, Kk), logarithms of the mean weights of pooled keys
   const uint8_t *always, *ranked;  // (Kq, Kk), what is kept without being chosen; (Kk,), what may be
   const i64* counts;               // (H,), how many are chosen
   const float *of_q, *of_k;        // (Kq,) and (Kk,), how often each block counts in a curve
@@ -137,7 +139,10 @@ struct Passed {
   i64 Kq = a.S / a.block_q, Kk = a.S / a.block_k, D = a.D, bq = a.block_q, bk = a.block_k;
   i64 BH = a.B * a.H, Dp = up(D, PAIR<T>), Dl = up(D, LANES), R = up(bq, LANES);
   i64 bkp = up(bk, LANES), Kkp = up(Kk, LANES) + LANES;  // no power of two
-  bool sloped = a.order > 0, curved = a.order > 1, chooses = a.chosen != nullptr;
+  bool attends = a.o != nullptr, chooses = a.chosen != nullptr, weighs = a.shares != nullptr;
+  bool sloped = a.order > 0 && attends, curved = a.order > 1;
+  bool by_values = chooses && a.score != SPREAD;
+  bool by_shares = weighs || (chooses && a.score == POOLED);
   float by = a.scale * LOG2E;
   Tokens<In> q{a.q, a.q_strides, a.slots, a.H, D}, k{a.k, a.k_strides, a.slots, a.H, D};
   Tokens<In> v{a.v, a.v_strides, a.slots, a.H, D};
@@ -230,9 +235,9 @@ struct Passed {
           std::copy(low.begin(), low.end(), keys + at * bkp * Dp);
           if (PAIR<T> > 1) interleave(low.data(), Dp, bk, bkp, Dp, pairs + at * bkp * Dp);
           if (curved) curve(bh, j, mean, sums.data() + at * D);
-          v.read(bh, slot, bk, rows.data(), Dl);
-          turn(rows.data(), Dl, bkp, Dl, values + at * bkp * Dl, bkp);
-          if (chooses) losses[at] = a.score == SPREAD ? 0.f : loss(rows.data(), held_k[j]);
+          if (attends || by_values) v.read(bh, slot, bk, rows.data(), Dl);
+          if (attends) turn(rows.data(), Dl, bkp, Dl, values + at * bkp * Dl, bkp);
+          if (chooses) losses[at] = by_values ? loss(rows.data(), held_k[j]) : 0.f;
           if (!sloped) continue;
           k.read(bh, slot, bk, off.data(), D);
           // Twice, as the slope adds up over all tokens by how much the first mean was rounded.
@@ -335,20 +340,20 @@ struct Passed {
       Arena arena;
       arena.want(mean, columns * Dp);
       arena.want(keys, f.size * each_key);
-      arena.want(values, f.size * each_value);
+      arena.want(values, f.attends ? f.size * each_value : 0);
       arena.want(bias, f.size * Kkp);
       arena.want(spans, f.curved ? f.size * Kkp : 0);
       arena.want(ranks, f.chooses ? f.size * Kkp : 0);
       arena.want(shares, bkp * columns);
       arena.want(pooled, columns * Dp);
-      arena.want(some_values, LANES * D * columns);
-      arena.want(share_pairs, PAIR<T> > 1 ? bkp * columns : 0);
+      arena.want(some_values, f.attends ? LANES * D * columns : 0);
+      arena.want(share_pairs, PAIR<T> > 1 && f.attends ? bkp * columns : 0);
       arena.want(turned, columns * bkp);
       arena.want(row, R * Dl);
       arena.want(off, R * Dl);
       arena.want(scores, rows * R);
       arena.want(all_scores, Kkc * R);
-      arena.want(parts, f.chooses && f.a.score == POOLED ? Kkc * R : 0);
+      arena.want(parts, f.by_shares ? Kkc * R : 0);
       arena.want(out, Dl * R);
       arena.want(gain, f.sloped ? Dl * R : 0);
       for (float** x : {&level, &top, &sum, &own, &rise}) arena.want(*x, R);
@@ -367,14 +372,18 @@ struct Passed {
       i64 count = std::min(f.size, f.Kq - first);
       bool some = false;
       for (i64 i = first; i < first + count; i++) {
-        if (f.chooses) std::copy_n(f.a.always + i * Kk, Kk, f.a.chosen + (bh * f.Kq + i) * Kk);
-        some |= leaves_out(bh, i);
+        i64 row = (bh * f.Kq + i) * Kk;
+        if (f.chooses) std::copy_n(f.a.always + i * Kk, Kk, f.a.chosen + row);
+        if (f.weighs) std::fill_n(f.a.shares + row, Kk, -INFINITY);
+        some |= pools(bh, i);
       }
       if (some) pool(bh, first, count);
       for (i64 g = 0; g < count; g++) block(bh, first + g, g);
     }
 
-    bool leaves_out(i64 bh, i64 i) const {
+    // Whether query block i needs pooled keys.
+    bool pools(i64 bh, i64 i) const {
+      if (f.weighs) return f.held_q[i] > 0;
       const uint8_t* keep = f.keep(bh, i);
       for (i64 j = 0; j < Kk; j++)
         if (!keep[j] && held[j]) return f.held_q[i] > 0;
@@ -389,7 +398,8 @@ struct Passed {
       interleave_transposed(rows.data(), Dp, Dp, columns, columns, mean);
       for (i64 j = 0; j < Kk; j++) {
         if (f.held_k[j]) one(bh, j, count, rows.data());
-        else
+        if (!f.attends) continue;
+        if (!f.held_k[j])
           for (i64 d = 0; d < D; d++)
             std::fill_n(some_values + (j % LANES * D + d) * columns, columns, 0.f);
         if (j % LANES < LANES - 1 && j + 1 < Kk) continue;
@@ -416,7 +426,7 @@ struct Passed {
       const uint8_t* seen = f.held_k[j] < bk ? f.real.data() + j * bk : nullptr;
       float high[MOST_GROUP], all[MOST_GROUP] = {};
       Ahead ahead;
-      ahead.add(f.values + at * bkp * Dl, D * bkp);
+      if (f.attends) ahead.add(f.values + at * bkp * Dl, D * bkp);
       if (j + 1 < Kk) ahead.add(rows + bkp * Dp, bkp * Dp);
       product(bk, columns, Dp, rows, Dp, mean, columns, shares, columns, false);
       for (i64 c = 0; c < columns; c += LANES) {
@@ -438,6 +448,12 @@ struct Passed {
       turn(shares, columns, bkp, columns, turned, bkp);
       const T* right = PAIR<T> > 1 ? f.pairs + at * bkp * Dp : rows;
       product(up(count, EVEN<T>), Dp, up(bk, EVEN<T>), turned, bkp, right, Dp, pooled, Dp, false);
+      for (i64 g = 0; g < count; g++) keep_key(bh, j, g, means + g * Dp);
+      if (f.attends) pool_values(at);
+    }
+
+    // The values of block `at`, pooled by `shares`.
+    void pool_values(i64 at) {
       if constexpr (PAIR<T> > 1) {
         // As the products read them: weights along pairs of rows.
         std::vector<T> rounded(2 * columns);
@@ -447,9 +463,8 @@ struct Passed {
           pair_up(rounded.data(), rounded.data() + columns, columns, share_pairs + t * columns);
         }
       }
-      product(D, columns, up(bk, EVEN<T>), f.values + at * bkp * Dl, bkp, share_pairs, columns,
-              some_values + j % LANES * D * columns, columns, false);
-      for (i64 g = 0; g < count; g++) keep_key(bh, j, g, means + g * Dp);
+      product(D, columns, up(f.bk, EVEN<T>), f.values + at * bkp * Dl, bkp, share_pairs, columns,
+              some_values + at % Kk % LANES * D * columns, columns, false);
     }
 
     // The pooled key of block j for query block g, and what belongs to it. Of bf16 the bias takes
@@ -479,8 +494,7 @@ struct Passed {
     void block(i64 bh, i64 i, i64 g) {
       if (!f.held_q[i]) return;
       begin(bh, i);
-      bool any = leaves_out(bh, i);
-      if (any) {
+      if (pools(bh, i)) {
         for (i64 j = 0; j < Kk; j += CHUNK) {
           i64 n = std::min(CHUNK, Kk - j);
           const T* right = PAIR<T> > 1 ? q : around;
@@ -488,11 +502,12 @@ struct Passed {
                   false);
         }
         gained(g);
+        if (f.by_shares) rank(bh, i, g);
         if (f.chooses) choose(bh, i, g);
       }
-      if (!f.a.o) return;
+      if (!f.attends) return;
       const uint8_t* keep = f.keep(bh, i);
-      any = false;
+      bool any = false;
       for (i64 j = 0; j < Kk; j++) any |= left[j] = held[j] && !keep[j];
       bool first = true;
       i64 next = 0;
@@ -525,7 +540,6 @@ struct Passed {
 
     // Takes the key blocks that score best for query block i.
     void choose(i64 bh, i64 i, i64 g) {
-      if (f.a.score == POOLED) rank(bh, i, g);
       best.clear();
       for (i64 j = 0; j < Kk; j++) {
         float score = ranks[g * Kkp + j];
@@ -537,7 +551,7 @@ struct Passed {
       for (i64 n = 0; n < count; n++) f.a.chosen[(bh * f.Kq + i) * Kk + best[n].second] = 1;
     }
 
-    // Scores key blocks by the mean of the queries' shares of them, as they are pooled.
+    // The mean of the queries' shares of key blocks, as they are pooled; scores by them.
     void rank(i64 bh, i64 i, i64 g) {
       Ahead none;
       i64 some = 0;
@@ -551,9 +565,11 @@ struct Passed {
         some += real;
         sum[r] = real ? 1.f / sum[r] : 0.f;
       }
-      for (i64 j = 0; j < Kk; j++)
-        ranks[g * Kkp + j] =
-            std::log(dot(parts + j * R, sum, R) / some) + f.losses[bh * Kk + j];
+      for (i64 j = 0; j < Kk; j++) {
+        float share = std::log(dot(parts + j * R, sum, R) / some);
+        if (f.weighs) f.a.shares[(bh * f.Kq + i) * Kk + j] = share;
+        if (f.chooses) ranks[g * Kkp + j] = share + f.losses[bh * Kk + j];
+      }
       std::fill(sum, sum + R, 0.f);
     }
 
@@ -666,7 +682,7 @@ struct Passed {
     Arena arena;
     arena.want(keys, BH * Kk * bkp * Dp);
     arena.want(pairs, PAIR<T> > 1 ? BH * Kk * bkp * Dp : 0);
-    arena.want(values, BH * Kk * bkp * Dl);
+    arena.want(values, attends ? BH * Kk * bkp * Dl : 0);
     arena.want(means, BH * Kq * Dp);
     arena.want(centres, BH * Kk * Dp);
     arena.want(squares, curved ? BH * a.S : 0);

@@ -1,6 +1,7 @@
 """Rest of a plan in C++: added to attention over the kept blocks, see rest.cpp, slope.cpp for its
 first order and curve.cpp for its second; or in one pass with the choice and the kept blocks, see
-piecewise.cpp. And the spread, by which the blocks of other plans are chosen: see spread.cpp."""
+piecewise.cpp. And shares and spreads, by which the blocks of other plans are chosen: see
+piecewise.cpp and spread.cpp."""
 
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ def in_one_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> bo
 
 
 def chooses(plan: Plan, scale: float) -> bool:
-    """Whether `choosing` serves a plan, in a call that `dispatch.native_serves`."""
+    """Whether `choosing` and `shares` serve a plan, in a call that `dispatch.native_serves`."""
     blocks = max(plan.block_q, plan.block_k) <= MOST_BLOCK and scale > LEAST_SCALE
     whole = plan.partial is None and plan.gain is None
     return blocks and whole and plan.rest is not None and plan.rest.centre == "query"
@@ -70,8 +71,14 @@ def choosing(
     return out, keep
 
 
+def shares(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    """Compute `kernels.rest.pooled_shares`, (B, H, Kq, Kk) fp32, without a gradient."""
+    of_q, of_k, slots, *how = _given(plan)
+    return _shares(q, k, of_q, of_k, slots, len(plan.slots), *how, scale)
+
+
 def _given(plan: Plan) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int, int]:
-    """Arguments of `_one_pass` that a plan decides."""
+    """Arguments of `_one_pass` and `_shares` that a plan decides."""
     assert plan.rest is not None
     order = get_args(RestOrder).index(plan.rest.order)
     of_q, of_k = plan.counted_blocks() if order > 1 else (None, None)
@@ -102,17 +109,12 @@ def _one_pass(
     Args:
         order: number of the order of the rest, from 0.
     """
-    call = NativeCall("one_pass", block_q=block_q, block_k=block_k, order=order, scale=scale)
-    call.args.most, call.args.curvature = MOST_GAINED, CURVATURE
-    B, H, _, _ = call.rows(q=q, k=k, v=v)
     PB, PH, Kq, Kk = shape_of("keep", keep, 4)
-    call.slots(slots, Kq * block_q)
-    blocks_of(call.args.S, block_q, block_k)
+    how = slots, Kq * block_q, block_q, block_k, order, scale
+    call = _one_pass_call(of_q, of_k, *how, q=q, k=k, v=v)
+    B, H = q.shape[:2]
     check("keep", keep, torch.bool, ((1, B), (1, H), Kq, call.args.S // block_k))
     call.args.PB, call.args.PH = PB, PH
-    if order > 1:
-        call.read("of_q", of_q, torch.float32, (Kq,))
-        call.read("of_k", of_k, torch.float32, (Kk,))
     results = _one_pass_results(q, keep, counts, attends)
     if attends:
         call.writes(o=results[0], total=results[1])
@@ -138,6 +140,65 @@ def _one_pass_results(q: Tensor, keep: Tensor, counts: object, attends: bool) ->
     kept = (0,) if counts is None else (*q.shape[:2], *keep.shape[2:])
     log_sums = q.new_empty(total, dtype=torch.float32)
     return q.new_empty(out), log_sums, q.new_empty(kept, dtype=torch.bool)
+
+
+@torch.library.custom_op("gen_accel::native_shares", mutates_args=())
+def _shares(
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor | None,
+    of_k: Tensor | None,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    order: int,
+    scale: float,
+) -> Tensor:
+    how = slots, count, block_q, block_k, order, scale
+    call = _one_pass_call(of_q, of_k, *how, q=q, k=k)
+    out = _shares_results(q, k, of_q, of_k, slots, count, block_q, block_k)
+    call.writes(shares=out)
+    call.run("one_pass", int(multiplies_bf16()))
+    return out
+
+
+@_shares.register_fake
+def _shares_results(
+    q: Tensor,
+    k: Tensor,
+    of_q: object,
+    of_k: object,
+    slots: object,
+    count: int,
+    block_q: int,
+    block_k: int,
+    *given: object,
+) -> Tensor:
+    blocks = count // block_q, count // block_k
+    return q.new_empty(*q.shape[:2], *blocks, dtype=torch.float32)
+
+
+def _one_pass_call(
+    of_q: Tensor | None,
+    of_k: Tensor | None,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    order: int,
+    scale: float,
+    **rows: Tensor,
+) -> NativeCall:
+    call = NativeCall("one_pass", block_q=block_q, block_k=block_k, order=order, scale=scale)
+    call.args.most, call.args.curvature = MOST_GAINED, CURVATURE
+    call.rows(**rows)
+    call.slots(slots, count)
+    Kq, Kk = blocks_of(count, block_q, block_k)
+    if order > 1:
+        call.read("of_q", of_q, torch.float32, (Kq,))
+        call.read("of_k", of_k, torch.float32, (Kk,))
+    return call
 
 
 def added(
