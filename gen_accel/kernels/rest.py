@@ -234,7 +234,6 @@ def _pooled(
 
 
 @torch.no_grad()
-@torch.no_grad()
 def pooled_shares(
     q: Tensor, k: Tensor, plan: Plan, *, scale: float, kernel: str = "auto"
 ) -> Tensor:

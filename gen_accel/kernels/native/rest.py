@@ -190,6 +190,7 @@ def _one_pass_call(
     scale: float,
     **rows: Tensor,
 ) -> NativeCall:
+    """Begin a call of piecewise.cpp for q, k and what else it reads of (B, H, N, D)."""
     call = NativeCall("one_pass", block_q=block_q, block_k=block_k, order=order, scale=scale)
     call.args.most, call.args.curvature = MOST_GAINED, CURVATURE
     call.rows(**rows)
