@@ -6,9 +6,9 @@ shows, seconds a frame, the size of the cache.
     python benchmarks/streaming.py --memory                 # of the command, four minutes
     python benchmarks/streaming.py --docs                   # the table of docs/streaming.md
 
-The prompts are those that no LoRA was trained on, twice, each time with another seed. A clip that is
-there is not made again. Of a stream of several thousand frames, the speed at its beginning and its
-end tells whether a frame costs more as a video grows.
+The prompts are those that no LoRA was trained on, twice, each time with another seed. A clip that
+is there is not made again. Of a stream of several thousand frames, the speed at its beginning and
+its end tells whether a frame costs more as a video grows.
 """
 
 import argparse
