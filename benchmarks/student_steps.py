@@ -133,8 +133,7 @@ def table_of_long(report: dict[str, Any]) -> list[str]:
     """Rows of the table of `long_suite`, the LoRA in 20 guided steps above them."""
     scored = longer.demo_clips()
     lines = [
-        f"The demo's LoRA for longer videos, {read_recipe(lora_path(guided=True)).frames} frames; "
-        f"{machine(report)}.",
+        f"The demo's LoRA for longer videos, {read_recipe(lora_path(guided=True)).frames} frames.",
         "",
         "| | calls | right | steady | right, of those that 20 dense steps get right |",
         "|---|---|---|---|---|",
