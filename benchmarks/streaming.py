@@ -2,7 +2,7 @@
 shows, seconds a frame, the size of the cache.
 
     python benchmarks/streaming.py                          # all of it, hours on one core
-    python benchmarks/streaming.py --frames 257 --prompts 8 --settings "window 2"
+    python benchmarks/streaming.py --frames 257 --clips 8 --settings "window 2"
     python benchmarks/streaming.py --memory                 # of the command, four minutes
     python benchmarks/streaming.py --docs                   # the table of docs/streaming.md
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--lora", type=Path, default=LORA, help="default: the embedded one")
     parser.add_argument("--work", type=Path, default=Path("outputs/streaming"))
     parser.add_argument("--frames", type=int, default=FRAMES)
-    parser.add_argument("--prompts", type=int, default=CLIPS, help="the first of them")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="the first of them")
     parser.add_argument("--settings", nargs="+", default=[*SETTINGS], choices=[*SETTINGS])
     parser.add_argument("--memory", action="store_true", help="measure the command's memory alone")
     parser.add_argument("--docs", action="store_true", help="write the table alone")
@@ -101,7 +101,7 @@ def clips(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of a setting, one a prompt."""
     place = args.work / str(args.frames) / name.replace(", ", "_").replace(" ", "_")
     pipe, rows = load("demo", Loading(device="cpu", loras=(str(args.lora),))), []
-    for i in track(range(args.prompts), f"{args.frames}, {name}"):
+    for i in track(range(args.clips), f"{args.frames}, {name}"):
         scene = SCENES[i % len(SCENES)]
         row_file = place / f"{i:02d}.json"
         if not (row_file.exists() and clip_file(place, i).exists()):
@@ -187,8 +187,8 @@ def table(report: dict[str, Any]) -> list[str]:
     )
     lines = [
         f"The demo model with its LoRA for streams (rank {lora['rank']}, {lora['steps']} steps on "
-        f"clips of {lora['frames']} frames), {STEPS} steps a chunk, guidance {GUIDANCE:g}; "
-        f"{where}. Right: clips whose colour, shape and direction are as asked, in each "
+        f"clips of {lora['frames']} frames), {STEPS} steps a chunk, guidance {GUIDANCE:g}. "
+        f"Made: {where}. Right: clips whose colour, shape and direction are as asked, in each "
         "quarter of the video. Strict: right, at its pace, and so in every quarter. Seconds: of "
         "the processor, for a frame after the first chunks and at the end.",
         "",

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("lora", nargs="?", help="folder of a LoRA, trained with student_steps")
     parser.add_argument("--work", type=Path, default=Path("outputs/student_steps"))
     parser.add_argument("--long", action="store_true", help="clips of the demo's length")
+    parser.add_argument("--name", default=EIGHT, help="row of its 8 steps, with --long")
     parser.add_argument("--docs", action="store_true", help="write the tables, make no clips")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,14 +54,14 @@ def main() -> None:
         parser.error(f"a LoRA that was trained with student_steps, got {args.lora}")
     kept = ("frames", "levels", "steps", "stages", "rank", "method", "teacher_guidance", "batch")
     about = environment() | {name: getattr(recipe, name) for name in kept}
-    found: dict[str, list[Row]] = {}
     make, name = (long_suite, "student_long") if args.long else (short_suite, "student_steps")
+    found: dict[str, list[Row]] = read_result(name)["runs"] if args.long else {}
     warnings.simplefilter("ignore")
     suite = make(args.lora, recipe)
     for title, rows in made(suite, args.work / name):
         guided = (suite.fields | suite.settings[title])["guidance_scale"] > 1
         calls = steps_of(suite, title) * (1 + guided)
-        found[title] = [row | {"calls": calls} for row in rows]
+        found[args.name if title == EIGHT else title] = [row | {"calls": calls} for row in rows]
         write_json(RESULTS / f"{name}.json", about | {"runs": found})
 
 

@@ -111,7 +111,7 @@ def _one_pass(
     """
     PB, PH, Kq, Kk = shape_of("keep", keep, 4)
     how = slots, Kq * block_q, block_q, block_k, order, scale
-    call = _one_pass_call(of_q, of_k, *how, q=q, k=k, v=v)
+    call = _one_pass_call(how, of_q, of_k, q=q, k=k, v=v)
     B, H = q.shape[:2]
     check("keep", keep, torch.bool, ((1, B), (1, H), Kq, call.args.S // block_k))
     call.args.PB, call.args.PH = PB, PH
@@ -156,41 +156,34 @@ def _shares(
     scale: float,
 ) -> Tensor:
     how = slots, count, block_q, block_k, order, scale
-    call = _one_pass_call(of_q, of_k, *how, q=q, k=k)
-    out = _shares_results(q, k, of_q, of_k, slots, count, block_q, block_k)
+    call = _one_pass_call(how, of_q, of_k, q=q, k=k)
+    out = _shares_results(q, count, block_q, block_k)
     call.writes(shares=out)
     call.run("one_pass", int(multiplies_bf16()))
     return out
 
 
-@_shares.register_fake
-def _shares_results(
-    q: Tensor,
-    k: Tensor,
-    of_q: object,
-    of_k: object,
-    slots: object,
-    count: int,
-    block_q: int,
-    block_k: int,
-    *given: object,
-) -> Tensor:
+def _shares_results(q: Tensor, count: int, block_q: int, block_k: int) -> Tensor:
     blocks = count // block_q, count // block_k
     return q.new_empty(*q.shape[:2], *blocks, dtype=torch.float32)
 
 
+_shares.register_fake(lambda q, *given: _shares_results(q, *given[4:7]))
+
+
 def _one_pass_call(
+    how: tuple[Tensor | None, int, int, int, int, float],
     of_q: Tensor | None,
     of_k: Tensor | None,
-    slots: Tensor | None,
-    count: int,
-    block_q: int,
-    block_k: int,
-    order: int,
-    scale: float,
     **rows: Tensor,
 ) -> NativeCall:
-    """Begin a call of piecewise.cpp for q, k and what else it reads of (B, H, N, D)."""
+    """Begin a call of piecewise.cpp.
+
+    Args:
+        how: slots and their number, block_q, block_k, order and scale.
+        rows: q, k and, where an answer or a choice needs it, v, (B, H, N, D).
+    """
+    slots, count, block_q, block_k, order, scale = how
     call = NativeCall("one_pass", block_q=block_q, block_k=block_k, order=order, scale=scale)
     call.args.most, call.args.curvature = MOST_GAINED, CURVATURE
     call.rows(**rows)
