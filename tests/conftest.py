@@ -25,7 +25,6 @@ if not torch.cuda.is_available():
 
 from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
-from gen_accel.kernels.native import int8
 
 pytest_plugins = ["support.cpu_seconds"]
 
@@ -136,7 +135,7 @@ def native_kernel():
 @pytest.fixture(scope="session")
 def int8_kernel(native_kernel):
     """Skip where the processor cannot run it."""
-    if missing := int8.lacks():
+    if missing := native_build.lacks_bytes():
         pytest.skip(f"this processor lacks {missing}")
 
 

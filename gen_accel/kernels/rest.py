@@ -57,9 +57,9 @@ def attention(
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of kept keys and rest, (B, H, N).
     """
-    native_runs = kernel in ("auto", "native") and native_serves(kernel, q, k, v)
-    if native_runs and native.in_one_pass(q, k, v, plan, scale):
-        return native.attention(q, k, v, plan, scale=scale)
+    one_pass = native.in_one_pass(q, k, v, plan, scale=scale, kernel=kernel)
+    if one_pass and native_serves(kernel, q, k, v):
+        return native.attention(q, k, v, plan, scale=scale, kernel=kernel)
     H, step = q.shape[1], _heads_at_once(q, k, v, plan)
     runs_triton = triton_serves(kernel, q, q.shape[3])
 

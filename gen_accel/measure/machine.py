@@ -246,8 +246,7 @@ def checks() -> list[Check]:
     """List everything that the package uses, found or missing, with the command that adds it."""
     from gen_accel.kernels import flash4, natten
     from gen_accel.kernels.base import cpp_compiler
-    from gen_accel.kernels.native.build import library, path, why_not
-    from gen_accel.kernels.native.int8 import lacks
+    from gen_accel.kernels.native.build import lacks_bytes, library, path, why_not
 
     fixes = {
         **dict.fromkeys(("transformers", "accelerate", "peft"), install("video")),
@@ -263,7 +262,7 @@ def checks() -> list[Check]:
     cores = f"{device_name(torch.device('cpu'))}, {threads} thread{'s' * (threads != 1)}"
     compiler = "apt install g++, or xcode-select --install  (flex on the CPU; gather goes without)"
     native = None if library() is None else str(path())
-    missing = lacks()
+    missing = lacks_bytes()
     int8 = "gen-accel build  (int8, by name alone)"
     if missing:
         int8 = f"the processor lacks {missing}  (int8; native goes without)"

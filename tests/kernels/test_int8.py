@@ -11,11 +11,11 @@ from support.problems import all_picked, random_plan
 from support.products import in_turns, slow_after
 from torch.utils import cpp_extension
 
-from gen_accel import Radial, VideoShape, attach, kernels
+from gen_accel import Piecewise, Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
 from gen_accel.kernels import Facts, KernelFailed, allowance, native, reference, rounding
 from gen_accel.kernels.base import cpp_compiler
-from gen_accel.kernels.native import build, int8
+from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import NativeCall
 from gen_accel.kernels.native.int8 import deviation, kernel
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
@@ -226,11 +226,14 @@ class TestRefusals:
 
     @pytest.mark.slow
     def test_a_processor_without_products_of_bytes(self, monkeypatch, qkv, run):
-        monkeypatch.setattr(int8, "lacks", lambda: "AVX512_VNNI and AVX_VNNI")
+        monkeypatch.setattr(build, "lacks_bytes", lambda: "AVX512_VNNI and AVX_VNNI")
         plan = random_plan(CPU)
         words = "int8: the processor lacks AVX512_VNNI and AVX_VNNI; kernel 'native' does without"
         with pytest.raises(ValueError, match=words):
             kernels.run(*qkv(plan.tokens), plan, scale=0.3, kernel="int8")
+        video = VideoShape(4, 8, 8)
+        with torch.no_grad(), pytest.raises(ValueError, match=words):
+            attention(*qkv(video.tokens), video=video, method=Piecewise(0.2), kernel="int8")
         words = "the processor lacks AVX512_VNNI and AVX_VNNI"
         assert f"{words}; kernel" in " ".join(run("list").stdout.split())
         assert f"{words} (int8" in " ".join(run("doctor").stdout.split())
@@ -310,7 +313,7 @@ class TestByName:
 
 @pytest.mark.nightly
 def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
-    """As processors without AVX-512 run it, and what those say that have neither."""
+    """As processors without AVX-512 run it, and those that have neither and say so."""
     tool = cpp_compiler()
     source = next(file for file in build.SOURCES if file.stem == "int8")
     links = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
@@ -326,15 +329,13 @@ def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
 
     without = compiled("without", "-march=x86-64-v3")
     assert without.gen_accel_int8_lacks() == b"AVX512_VNNI and AVX_VNNI"
-    assert without.gen_accel_int8(None, 0) == 1
-
     plan = random_plan(CPU, heads=2, block_k=32, windows=True)
     q, k, v = qkv(plan.tokens, dim=72)
-    narrow = compiled("narrow", "-DGEN_ACCEL_NARROW")
-    out = torch.empty_like(q)
-    call = NativeCall("attention", "int8", scale=0.3, wide=False)
-    call.rows(q=q, k=k, v=v)
-    call.lists(*native.prepare(plan))
-    call.writes(o=out)
-    assert narrow.gen_accel_int8(ctypes.byref(call.args), 0) == 0
-    assert_allowed(q, k, v, plan, out=out)
+    for library in (without, compiled("narrow", "-DGEN_ACCEL_NARROW")):
+        out = torch.empty_like(q)
+        call = NativeCall("attention", "int8", scale=0.3, wide=False)
+        call.rows(q=q, k=k, v=v)
+        call.lists(*native.prepare(plan))
+        call.writes(o=out)
+        assert library.gen_accel_int8(ctypes.byref(call.args), 0) == 0
+        assert_allowed(q, k, v, plan, out=out)

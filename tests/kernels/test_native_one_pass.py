@@ -10,7 +10,8 @@ from support.qkv import random_qkv
 
 import gen_accel
 from gen_accel import Piecewise, VideoShape, kernels
-from gen_accel.kernels import reference
+from gen_accel.kernels import reference, rest
+from gen_accel.kernels.native import int8
 from gen_accel.kernels.native import rest as native
 from gen_accel.kernels.rest import pooled_shares
 
@@ -29,8 +30,8 @@ OPTIONS = [
 class Noted(kernels.Runner):
     """Runner that keeps the plans of answers, and can run none itself."""
 
-    def __init__(self, scale):
-        super().__init__(self.refuse, "auto", scale, takes_answers=True)
+    def __init__(self, scale, name="auto"):
+        super().__init__(self.refuse, name, scale, takes_answers=True)
         self.plan = None
 
     def refuse(self, *given):
@@ -74,6 +75,26 @@ def test_in_bf16_next_to_all_blocks_are_the_same(score):
     plan = method.plan_for(q, k, v, video=TEXT, kernel="gather")
     assert (plan.keep.sum(-1) == kernel.plan.keep.sum(-1)).all()
     assert (plan.keep != kernel.plan.keep).float().mean() < 0.01
+
+
+@pytest.mark.usefixtures("int8_kernel")
+@pytest.mark.parametrize(
+    ("options", "video", "dtype", "dim"),
+    in_turns(OPTIONS, [PLAIN, TEXT], [FP32, BF16, FP16], [16, 40, 72]),
+    ids=str,
+)
+def test_products_of_8_bits_choose_the_same_and_err_as_they_may(options, video, dtype, dim):
+    q, k, v = close_qkv(video, dim, dtype)
+    scale, method = dim**-0.5, Piecewise(0.2, score="pooled", **options)
+    rounded, plain = (Noted(scale, name) for name in ("int8", "native"))
+    out, exact = (method(q, k, v, video=video, kernel=x) for x in (rounded, plain))
+    assert torch.equal(rounded.plan.keep, plain.plan.keep)
+    more = kernels.allowance("int8", q, k, v, plain.plan, scale=scale)
+    run = partial(reference.kernel.forward, plan=plain.plan, scale=scale)
+    assert_no_worse(out, run(q, k, v), run(q.double(), k.double(), v.double()), more=more)
+    assert not torch.equal(out, exact)
+    given, _ = rest.attention(int8.kernel, q, k, v, plain.plan, scale=scale, kernel="int8")
+    assert torch.equal(given, out)
 
 
 def test_heads_keep_as_many_as_they_are_told():

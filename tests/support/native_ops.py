@@ -146,7 +146,7 @@ def one_pass(s: Sizes) -> Made:
     given = {**qkv(s), "keep": s.true(*s.patterns, s.Kq, s.Kk), "of_q": counts[0]}
     given |= {"of_k": counts[1], "slots": s.slots_or_none(), **s.blocks(), "order": order}
     given |= {"ranked": None, "counts": None, "score": "spread", "scale": 0.3}
-    return given | {"attends": True}
+    return given | {"attends": True, "by_bytes": bool(s.seed & 32)}
 
 
 def choosing(s: Sizes) -> Made:

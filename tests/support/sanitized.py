@@ -22,7 +22,7 @@ from support.native_ops import CASES, Sizes
 from support.native_values import Case, cases
 
 from gen_accel.kernels.base import cpp_compiler
-from gen_accel.kernels.native import build, int8
+from gen_accel.kernels.native import build
 
 # Half as much is optimised, in a third of the time.
 CHANGED = {"-O3": "-O1"}
@@ -130,7 +130,7 @@ def outcome(case: Case) -> tuple[str, str | None]:
 def main(folder: Path, number: int, count: int, flags: list[str]) -> None:
     library = made(flags)
     names, functions = [*CASES], exported(library)
-    if int8.lacks():
+    if build.lacks_bytes():
         names = [name for name in names if "int8" not in name]
         functions.remove("gen_accel_int8")
     calls = Calls(folder)

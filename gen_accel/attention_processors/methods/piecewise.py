@@ -224,16 +224,15 @@ class Piecewise(BlockSelection):
         if (
             isinstance(kernel, Runner)
             and kernel.takes_answers
-            and name in ("auto", "native")
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(q.device.type)
             and self.score_on(q.device) in native_rest.SCORES
             and self._chosen_by_native(q, k, v, name)
         ):
             base = self._base(video, q.device)
-            if native_rest.in_one_pass(q, k, v, base, scale):
-                out, plan = self._choose(q, k, v, base, video, scale, attends=True)
-                return kernel.answered(out, plan, "native")
+            if native_rest.in_one_pass(q, k, v, base, scale=scale, kernel=name):
+                out, plan = self._choose(q, k, v, base, video, scale, name, attends=True)
+                return kernel.answered(out, plan, "int8" if name == "int8" else "native")
         return kernel(q, k, v, self._plan(q, k, v, video, scale, name))
 
     @property
@@ -264,6 +263,7 @@ class Piecewise(BlockSelection):
         base: Plan,
         video: VideoShape,
         scale: float,
+        kernel: str,
         *,
         attends: bool,
     ) -> tuple[Tensor, Plan]:
@@ -275,6 +275,7 @@ class Piecewise(BlockSelection):
             numbers_on(counts, q.device).expand(q.shape[1]),
             score=self.score_on(q.device),
             scale=scale,
+            kernel=kernel,
             attends=attends,
         )
         entries = layout.entries + max(counts) * layout.video_rows
@@ -326,7 +327,7 @@ class Piecewise(BlockSelection):
         if kind == "pooled" and v is not None and self._chosen_by_native(q, k, v, kernel):
             base = self._base(video, q.device)
             if native_rest.chooses(base, scale):
-                return self._choose(q, k, v, base, video, scale, attends=False)[1]
+                return self._choose(q, k, v, base, video, scale, kernel, attends=False)[1]
         around = self._rest(video) if self.rest is not None and self.centre != "key" else None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, v=v, kind=kind, scale=scale, rest=around, kernel=kernel)

@@ -24,7 +24,7 @@ from gen_accel.kernels.base import KernelFailed, cpp_compiler
 
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted(HERE.glob("*.cpp")))
-HEADERS = ("blocks", "common", "rest", "rest_backward", "watched")
+HEADERS = ("blocks", "bytes", "common", "rest", "rest_backward", "watched")
 READ = (*SOURCES, *(HERE / f"{name}.h" for name in HEADERS))
 FLAGS = (
     *(
@@ -88,7 +88,7 @@ KINDS = {
         p="q k v o total",
         s="q k v",
         p2="slots keep chosen shares always ranked counts of_q of_k",
-        i="B H N D S block_q block_k PB PH order score",
+        i="B H N D S block_q block_k PB PH order score bytes",
         f="scale most curvature",
     ),
     "curve": _structure(
@@ -217,6 +217,14 @@ def _found() -> _Found:
 def is_built() -> bool:
     """Whether "auto" and the code beside attention may count on `library`."""
     return library() is not None
+
+
+def lacks_bytes() -> str | None:
+    """Name the instructions for products of 8 bits that this processor lacks; None where it has
+    them, or where the library that tells is not built."""
+    found = library()
+    missing = None if found is None else found.gen_accel_int8_lacks()
+    return None if missing is None else missing.decode()
 
 
 def run(name: str, args: ctypes.Structure, *more: int, kernel: str = "native") -> None:

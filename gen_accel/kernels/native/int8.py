@@ -32,7 +32,7 @@ class Int8(Kernel):
 
     def unsupported(self, facts: Facts) -> list[str]:
         found = native.kernel.unsupported(facts)
-        if missing := lacks():
+        if missing := build.lacks_bytes():
             found.append(f"the processor lacks {missing}; kernel 'native' does without")
         if facts.grad:
             found.append(
@@ -55,14 +55,6 @@ class Int8(Kernel):
 
 
 kernel = Int8()
-
-
-def lacks() -> str | None:
-    """Name the instructions that this processor lacks; None where it has them, or where the
-    library that tells is not built."""
-    library = build.library()
-    missing = None if library is None else library.gen_accel_int8_lacks()
-    return None if missing is None else missing.decode()
 
 
 @torch.library.custom_op("gen_accel::native_int8", mutates_args=())

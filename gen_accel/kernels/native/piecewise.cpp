@@ -8,11 +8,12 @@
 // softmax. Which blocks are kept is given, or chosen by what was pooled; or the answer is what the
 // pooled keys weigh, by which others choose. Scores lie with the keys along rows and the queries
 // along columns: what is carried from tile to tile is a row, and weights are the right factor of the
-// next product as they are.
+// next product as they are. Kept blocks may be computed by products of 8 bits, see bytes.h, from
+// which the softmax then goes on.
 //
 // Called through ctypes. Letters as in plan.py.
 
-#include "common.h"
+#include "bytes.h"
 
 #include <limits>
 
@@ -38,6 +39,7 @@ struct OnePass {
   const i64* counts;               // (H,), how many are chosen
   const float *of_q, *of_k;        // (Kq,) and (Kk,), how often each block counts in a curve
   i64 B, H, N, D, S, block_q, block_k, PB, PH, order, score;
+  i64 bytes;  // whether kept blocks are computed by products of 8 bits
   float scale, most, curvature;  // most: that a curve adds to a score
 };
 
@@ -143,11 +145,13 @@ struct Passed {
   bool sloped = a.order > 0 && attends, curved = a.order > 1;
   bool by_values = chooses && a.score != SPREAD;
   bool by_shares = weighs || (chooses && a.score == POOLED);
+  bool by_bytes = attends && a.bytes;
   float by = a.scale * LOG2E;
   Tokens<In> q{a.q, a.q_strides, a.slots, a.H, D}, k{a.k, a.k_strides, a.slots, a.H, D};
   Tokens<In> v{a.v, a.v_strides, a.slots, a.H, D};
   std::vector<i64> held_q = held(a.slots, a.S, bq), held_k = held(a.slots, a.S, bk);
   std::vector<uint8_t> real;  // (S,), whether a slot holds a token
+  std::vector<char> padded = std::vector<char>(Kk);  // whether some slot of a key block holds none
   i64 size, groups;           // query blocks of a group
 
   T *keys, *values;  // of each block of a head, (bkp, Dp) and (D, bkp)
@@ -156,9 +160,11 @@ struct Passed {
   float* losses;                     // (BH, Kk), what a score gains by the values of a block
   std::vector<float> weight, rises;  // (BH, D), what a variance weighs and what an offset rises by
   std::vector<T> slopes;             // (BH, D, Dp), transposed
+  Laid laid{D, bk};                  // keys and values of 8 bits, where they are asked for
 
   explicit Passed(const OnePass& args) : a(args), real(a.S) {
     for (i64 s = 0; s < a.S; s++) real[s] = q.token(s) >= 0;
+    for (i64 j = 0; j < Kk; j++) padded[j] = held_k[j] < bk;
     // The fewest columns that the groups' products have in all, in parts enough for all threads.
     i64 least = std::min<i64>(Kq, (2 * at::get_num_threads() + BH - 1) / BH);
     i64 most = MOST_POOLED / (Kk * (Dp + D) * sizeof(T));
@@ -224,7 +230,8 @@ struct Passed {
     std::vector<float> sums(curved ? BH * Kk * D : 0), slope(sloped ? BH * parts * D * D : 0);
     each(BH * parts, [&] {
       return [&, rows = std::vector<float>(bkp * Dl), low = std::vector<T>(bkp * Dp),
-              off = std::vector<float>(bk * D), turned = std::vector<float>(bk * D)](i64 n) mutable {
+              off = std::vector<float>(bk * D), turned = std::vector<float>(bk * D),
+              layer = Layer(laid)](i64 n) mutable {
         i64 bh = n / parts, part = n % parts;
         for (i64 j = part * Kk / parts; j < (part + 1) * Kk / parts; j++) {
           i64 at = bh * Kk + j, slot = j * bk;
@@ -237,6 +244,7 @@ struct Passed {
           if (curved) curve(bh, j, mean, sums.data() + at * D);
           if (attends || by_values) v.read(bh, slot, bk, rows.data(), Dl);
           if (attends) turn(rows.data(), Dl, bkp, Dl, values + at * bkp * Dl, bkp);
+          if (by_bytes) layer.block(at, k, v, bh, slot);
           if (chooses) losses[at] = by_values ? loss(rows.data(), held_k[j]) : 0.f;
           if (!sloped) continue;
           k.read(bh, slot, bk, off.data(), D);
@@ -333,8 +341,17 @@ struct Passed {
     T *q, *around, *weights, *lines;
     std::vector<uint8_t> left, held;
     std::vector<std::pair<float, i64>> best;
+    std::unique_ptr<Piece> piece;  // the queries of a block, with products of 8 bits
+    std::vector<uint16_t> real_rows;
+    std::vector<Block> kept;
 
     explicit Worker(const Passed& passed) : f(passed), left(Kkp), held(Kk) {
+      if (f.by_bytes)
+        piece = std::make_unique<Piece>(
+            f.laid, Kk, f.bq, f.a.scale, [this](i64, const Part& part, float* excess) {
+              const uint8_t* seen = f.real.data() + part.block * f.bk + part.first;
+              for (i64 n = 0; n < part.count; n++) excess[n] = seen[n] ? -1.f : 1.f;
+            });
       for (i64 j = 0; j < Kk; j++) held[j] = f.held_k[j] > 0;
       static thread_local Room room;
       Arena arena;
@@ -509,23 +526,22 @@ struct Passed {
       const uint8_t* keep = f.keep(bh, i);
       bool any = false;
       for (i64 j = 0; j < Kk; j++) any |= left[j] = held[j] && !keep[j];
-      bool first = true;
-      i64 next = 0;
-      auto skip = [&](i64 j) {
-        while (j < Kk && !(keep[j] && held[j])) j++;
-        return j;
-      };
-      for (i64 j = skip(0); j < Kk; j = next) {
-        next = skip(j + 1);
+      kept.clear();
+      for (i64 j = 0; j < Kk; j++)
+        if (keep[j] && held[j]) kept.push_back(j);
+      bool first = kept.empty();
+      if (f.by_bytes && !first) multiply_bytes(bh, i);
+      for (size_t n = 0; n < kept.size() && !f.by_bytes; n++) {
+        i64 j = kept[n];
         Ahead ahead;
-        if (next < Kk) {
-          ahead.add(f.keys + (bh * Kk + next) * bkp * Dp, bkp * Dp);
-          ahead.add(f.values + (bh * Kk + next) * bkp * Dl, D * bkp);
+        if (n + 1 < kept.size()) {
+          i64 next = bh * Kk + kept[n + 1];
+          ahead.add(f.keys + next * bkp * Dp, bkp * Dp);
+          ahead.add(f.values + next * bkp * Dl, D * bkp);
         }
         const uint8_t* seen = f.held_k[j] < f.bk ? f.real.data() + j * f.bk : nullptr;
         product(f.bk, R, Dp, f.keys + (bh * Kk + j) * bkp * Dp, Dp, q, R, scores, R, false);
-        fold(scores, f.bk, seen, f.values + (bh * Kk + j) * bkp * Dl, bkp, first, ahead);
-        first = false;
+        fold(scores, f.bk, seen, f.values + (bh * Kk + j) * bkp * Dl, bkp, n == 0, ahead);
       }
       std::copy(sum, sum + R, own);
       for (i64 j = 0; j < Kk && any; j += CHUNK) {
@@ -536,6 +552,27 @@ struct Passed {
         first = false;
       }
       end(bh, i, first, any);
+    }
+
+    // The softmax of query block i over its kept blocks, by products of 8 bits.
+    void multiply_bytes(i64 bh, i64 i) {
+      real_rows.clear();
+      std::fill(out, out + Dl * R, 0.f);
+      for (i64 r = 0; r < f.bq; r++) {
+        if (!f.real[i * f.bq + r]) continue;
+        std::copy_n(row + r * Dl, D, piece->exact + r * D);
+        piece->begin(r);
+        real_rows.push_back(r);
+      }
+      tiles(kept.data(), kept.size(), 0, f.padded.data(), Kk, f.bk, LANES, KEYS,
+            [&](auto& parts, i64) {
+              piece->tile(bh, real_rows.data(), real_rows.size(), parts, nullptr);
+            });
+      for (i64 r : real_rows) {
+        level[r] = piece->high[r] / f.by;
+        sum[r] = piece->sum[r] / STEPS;
+        for (i64 d = 0; d < D; d++) out[d * R + r] = piece->o[r * f.laid.Dv + d] / STEPS;
+      }
     }
 
     // Takes the key blocks that score best for query block i.
@@ -687,6 +724,7 @@ struct Passed {
     arena.want(centres, BH * Kk * Dp);
     arena.want(squares, curved ? BH * a.S : 0);
     arena.want(losses, chooses ? BH * Kk : 0);
+    if (by_bytes) laid.want(arena, BH * Kk);
     arena.fill(room);
     queries();
     lay();

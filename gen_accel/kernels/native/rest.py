@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values, alike
-from gen_accel.kernels.native import multiplies_bf16
+from gen_accel.kernels.native import build, multiplies_bf16
 from gen_accel.kernels.native.arguments import NativeCall, blocks_of, check, shape_of
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, RestOrder, Slots
 
 Results = tuple[Tensor, Tensor, Tensor]
 SCORES = ("spread", "loss", "pooled")
+ONE_PASS = ("auto", "native", "int8")  # kernels, "int8" by products of 8 bits of the kept keys
 MOST_BLOCK = 256  # slots of a block in one pass
 LEAST_SCALE = 1e-20  # in one pass; below, differences of scores are no numbers
 
 
-def in_one_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> bool:
+def in_one_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, kernel: str) -> bool:
     """Whether `attention` serves a call that `dispatch.native_serves`."""
+    if kernel not in ONE_PASS or (kernel == "int8" and build.lacks_bytes()):
+        return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     return chooses(plan, scale)
@@ -34,11 +37,15 @@ def chooses(plan: Plan, scale: float) -> bool:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """Compute attention over the kept keys and the rest without a gradient: (B, H, N, D) in q's
-    dtype, and the log-sum-exps (B, H, N) fp32."""
-    asked = None, None, SCORES[0], scale, True
+    dtype, and the log-sum-exps (B, H, N) fp32.
+
+    Args:
+        kernel: what computes the kept keys, see `ONE_PASS`.
+    """
+    asked = None, None, SCORES[0], scale, True, kernel == "int8"
     return _one_pass(q, k, v, plan.keep, *_given(plan), *asked)[:2]
 
 
@@ -52,6 +59,7 @@ def choosing(
     *,
     score: str,
     scale: float,
+    kernel: str,
     attends: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose key blocks, and compute attention over them and the rest, without a gradient.
@@ -61,12 +69,13 @@ def choosing(
         ranked: (Kk,) bool, the key blocks that may be chosen.
         counts: (H,) int64, how many each query block takes.
         score: one of `SCORES`, see `Piecewise`.
+        kernel: what computes the kept keys, see `ONE_PASS`.
         attends: whether the answer is asked for, too.
 
     Returns:
         (B, H, N, D) in q's dtype, or an empty tensor, and (B, H, Kq, Kk) bool, the kept blocks.
     """
-    asked = ranked, counts, score, scale, attends
+    asked = ranked, counts, score, scale, attends, kernel == "int8"
     out, _, keep = _one_pass(q, k, v, plan.keep, *_given(plan), *asked)
     return out, keep
 
@@ -102,19 +111,21 @@ def _one_pass(
     score: str,
     scale: float,
     attends: bool,
+    by_bytes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (B, H, N, D) in q's dtype, log-sum-exps (B, H, N) fp32, and with counts the kept
     blocks, (B, H, Kq, Kk) bool, else an empty tensor. What is not asked for is empty.
 
     Args:
         order: number of the order of the rest, from 0.
+        by_bytes: whether the kept keys are computed by products of 8 bits, as kernel "int8" does.
     """
     PB, PH, Kq, Kk = shape_of("keep", keep, 4)
     how = slots, Kq * block_q, block_q, block_k, order, scale
     call = _one_pass_call(how, of_q, of_k, q=q, k=k, v=v)
     B, H = q.shape[:2]
     check("keep", keep, torch.bool, ((1, B), (1, H), Kq, call.args.S // block_k))
-    call.args.PB, call.args.PH = PB, PH
+    call.args.PB, call.args.PH, call.args.bytes = PB, PH, by_bytes
     results = _one_pass_results(q, keep, counts, attends)
     if attends:
         call.writes(o=results[0], total=results[1])
@@ -132,7 +143,7 @@ def _one_pass(
 
 @torch.library.register_fake("gen_accel::native_one_pass")
 def _fake_one_pass(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *given: object) -> Results:
-    return _one_pass_results(q, keep, given[-4], bool(given[-1]))
+    return _one_pass_results(q, keep, given[-5], bool(given[-2]))
 
 
 def _one_pass_results(q: Tensor, keep: Tensor, counts: object, attends: bool) -> Results:
