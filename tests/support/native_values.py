@@ -61,7 +61,7 @@ def changed(x: Any, how: Any) -> Any:
     if isinstance(x, list):
         return {"none": [], "more": [*x, x[-1]] if x else [], "fewer": x[:-1]}[how]
     if not isinstance(x, Tensor):
-        return float(how) if isinstance(how, str) else how
+        return float(how) if isinstance(how, str) and not isinstance(x, str) else how
     word, *rest = how.split()
     match word:
         case "none":
@@ -185,6 +185,8 @@ def hows(x: Any) -> st.SearchStrategy[Any]:
             return st.sampled_from(WHOLE)
         case float():
             return st.sampled_from(REAL)
+        case str():
+            return st.sampled_from(("spread", "loss", "pooled", "mean", ""))
     axis, place = st.integers(0, 4), st.integers(0, 10**4)
     values = st.sampled_from(REAL if x.is_floating_point() else [*map(str, WHOLE)])
     return st.one_of(

@@ -172,7 +172,7 @@ inline float weigh_bytes(const float* s, i64 n, float high, uint8_t* to) {
   for (i64 j = 0; j < n; j++) {
     float w = exp2_of((s[j] - high) + LOG2_255);
     sum += w;
-    to[j] = static_cast<uint8_t>(std::min(w, 255.f) + 0.5f);
+    to[j] = static_cast<uint8_t>(std::min(255.f, w) + 0.5f);  // of a NaN the first
   }
   std::fill(to + n, to + up(n, LANES), 0);
   return sum;

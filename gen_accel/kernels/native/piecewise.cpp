@@ -166,7 +166,7 @@ struct Passed {
     for (i64 s = 0; s < a.S; s++) real[s] = q.token(s) >= 0;
     for (i64 j = 0; j < Kk; j++) padded[j] = held_k[j] < bk;
     // The fewest columns that the groups' products have in all, in parts enough for all threads.
-    i64 least = std::min<i64>(Kq, (2 * at::get_num_threads() + BH - 1) / BH);
+    i64 least = std::min<i64>(Kq, (2 * at::get_num_threads() + BH - 1) / std::max<i64>(BH, 1));
     i64 most = MOST_POOLED / (Kk * (Dp + D) * sizeof(T));
     most = std::clamp<i64>(most, 1, MOST_GROUP);
     i64 best = 0;

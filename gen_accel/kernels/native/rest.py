@@ -120,6 +120,8 @@ def _one_pass(
         order: number of the order of the rest, from 0.
         by_bytes: whether the kept keys are computed by products of 8 bits, as kernel "int8" does.
     """
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     PB, PH, Kq, Kk = shape_of("keep", keep, 4)
     how = slots, Kq * block_q, block_q, block_k, order, scale
     call = _one_pass_call(how, of_q, of_k, q=q, k=k, v=v)
