@@ -164,9 +164,7 @@ class OwnSparsity:
         self._lighter: list[Removable] = []
         alike: dict[tuple[int, str], _Runs] = {}
         for model, module, found in sites:
-            bound = isinstance(found, BoundProcessor)
-            stock = found.stock if bound else found
-            name = type(stock).__name__
+            name = _stock_of(found)
             own, key = OWN[name], (id(model), name)
             if key not in alike:
                 alike[key] = _Runs(name, kernel, without_mask=own.without_mask)
@@ -175,9 +173,7 @@ class OwnSparsity:
                 if any(kind.__name__ in served_classes() for kind in type(model).__mro__):
                     self._lighter += family_of(model).lighten(model, lambda: self.is_attached)
             options = {"also": own.also, "poses": own.poses}
-            processor = TappedProcessor(stock, CALL, model, alike[key], in_graphs=True, **options)
-            if bound:
-                processor.taps, processor.finishes = found.taps, found.finishes
+            processor = TappedProcessor(found, CALL, model, alike[key], in_graphs=True, **options)
             put_processor(module, processor)
             self._sites.append((model, module, processor))
 

@@ -87,7 +87,8 @@ class BoundProcessor:
     in order. The processor's result goes through `finishes`.
 
     Args:
-        stock: the processor found on the model. It is kept, and put back in the end.
+        stock: the processor found on the model. It is kept, and put back in the end. In the place
+            of a bound one, its stock processor is taken over, with its taps and finishes.
         name: of its attention call, a global of its module with the signature of diffusers'
             `dispatch_attention_fn`, or "F.scaled_dot_product_attention".
         attend: ours.
@@ -113,6 +114,10 @@ class BoundProcessor:
         also: Mapping[str, Any] = MappingProxyType({}),
         poses: bool = False,
     ) -> None:
+        self.taps: tuple[Tap, ...] = ()
+        self.finishes: tuple[Finish, ...] = ()
+        if isinstance(stock, BoundProcessor):
+            self.taps, self.finishes, stock = stock.taps, stock.finishes, stock.stock
         if isinstance(stock, nn.Module):
             raise ValueError(
                 f"{type(stock).__name__} has parameters of its own, which `.to()` and "
@@ -125,10 +130,7 @@ class BoundProcessor:
                 "replaced; put the model's own processors back first, a UNet's by "
                 "set_attn_processor(AttnProcessor2_0()), without attention slicing or xformers"
             )
-        self.stock, self.name = stock, name
-        self.taps: tuple[Tap, ...] = ()
-        self.finishes: tuple[Finish, ...] = ()
-        self._attend = attend
+        self.stock, self.name, self._attend = stock, name, attend
         kind = getattr(self, "unbound", type(self))
         key = (kind, type(stock), name, alike)
         found = None if alike is None else _classes.get(key)
@@ -207,17 +209,15 @@ class SparseProcessor(BoundProcessor):
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bind the copy to the copy of its owner: a plain function is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))
-        if isinstance(twin, nn.Module):
+        if isinstance(twin, TrainableProcessor):
             nn.Module.__init__(twin)
         stock, owner = deepcopy(self.stock, memo), deepcopy(self.owner, memo)
         layer, traced = deepcopy(self.layer, memo), deepcopy(self._traced, memo)
-        if isinstance(self, TrainableProcessor) and isinstance(twin, TrainableProcessor):
-            branch = deepcopy(self.branch, memo)
-            TrainableProcessor.__init__(
-                twin, stock, self.name, owner, layer, self._alike, traced, branch
-            )
+        given = stock, self.name, owner, layer, self._alike, traced
+        if isinstance(twin, TrainableProcessor):
+            TrainableProcessor.__init__(twin, *given)
         else:
-            SparseProcessor.__init__(twin, stock, self.name, owner, layer, self._alike, traced)
+            SparseProcessor.__init__(twin, *given)
         if self.has_ended:
             twin.end()
         twin._copy_taps(self, memo)
@@ -225,26 +225,16 @@ class SparseProcessor(BoundProcessor):
 
 
 class TrainableProcessor(SparseProcessor, nn.Module):
-    """A processor of a method with parameters, and a module of the model like any other. Its
-    parameters are in `transformer.parameters()` and `state_dict()`, and follow `.to()`.
-
-    Args:
-        branch: holds the parameters: the method's branch in this layer, or its gate.
-    """
+    """A processor of a layer with parameters, and a module of the model like any other. The
+    parameters are in `transformer.parameters()` and `state_dict()`, and follow `.to()`."""
 
     def __init__(
-        self,
-        stock: Any,
-        name: str,
-        owner: Any,
-        layer: Any,
-        alike: Hashable,
-        traced: Traced | None,
-        branch: nn.Module,
+        self, stock: Any, name: str, owner: Any, layer: Any, alike: Hashable, traced: Traced | None
     ) -> None:
         nn.Module.__init__(self)
         SparseProcessor.__init__(self, stock, name, owner, layer, alike, traced)
-        self.branch, self.takes_hidden = branch, layer.is_gated
+        self.branch: nn.Module = layer.branch
+        self.takes_hidden = layer.is_gated
 
 
 class TappedProcessor(BoundProcessor):
@@ -324,9 +314,7 @@ def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
     one, or a tapped one where taps are left."""
     if not processor.taps and not processor.finishes:
         return processor.stock
-    tapped = TappedProcessor(processor.stock, processor.name, model)
-    tapped.taps, tapped.finishes = processor.taps, processor.finishes
-    return tapped
+    return TappedProcessor(processor, processor.name, model)
 
 
 def _add(
@@ -415,7 +403,7 @@ _placed: WeakValueDictionary[int, SparseProcessor] = WeakValueDictionary()
 
 
 def processor_at(place: Tensor) -> SparseProcessor:
-    """The processor with this `place`."""
+    """Return the processor of a `place`."""
     return _placed[int(place)]
 
 
@@ -433,11 +421,7 @@ def _class(
     """Make a class of `kind` with the stock processor's code bound to ours. It has the stock
     signature, by which diffusers' `Attention` decides which arguments to pass on.
 
-    Args:
-        traced: of the first processor; graphs of torch.compile, which all of the class share, are
-            made with it.
-        also, poses: see `BoundProcessor`.
-    """
+    Graphs of torch.compile, which all of the class share, are made with `traced`."""
     run = _ProcessorRun()
     function = _bound(stock.__call__, name, traced, run, also)
 
@@ -508,16 +492,9 @@ def _copied(code: types.CodeType) -> types.CodeType:
 
 
 def _bind(
-    stock_call: Callable,
-    traced: Traced,
-    run: _ProcessorRun,
-    *,
-    heads_first: bool = False,
+    stock_call: Callable, traced: Traced, run: _ProcessorRun, *, heads_first: bool = False
 ) -> Callable:
-    """
-    Args:
-        heads_first: whether the call takes and gives (B, H, N, D).
-    """
+    """Make ours of an attention call, which takes and gives (B, H, N, D) if `heads_first`."""
 
     def attention_call(
         query: Tensor,
@@ -572,9 +549,8 @@ def _bind(
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         number, run.number = run.number, run.number + 1
         mask: Any = attn_mask  # a BlockMask is refused
-        call = Call(q, k, v, factor, stock, refused, mask, run.tokens, number, parallel)
-        if run.hidden_states is not None:
-            call = call._replace(hidden_states=run.hidden_states)
+        place, hidden = (run.tokens, number, parallel), run.hidden_states
+        call = Call(q, k, v, factor, stock, refused, mask, *place, hidden_states=hidden)
         processor = run.processor
         # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():

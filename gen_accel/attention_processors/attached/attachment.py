@@ -204,12 +204,7 @@ class Attachment(Shared):
                 found = site.module.processor
                 if isinstance(found, SparseProcessor):
                     replaced.append((found.owner, site.module))
-                bound = isinstance(found, BoundProcessor)
-                stock = found.stock if bound else found
-                processor = self._processor(name, transformer, site, stock, call)
-                if bound:
-                    processor.taps, processor.finishes = found.taps, found.finishes
-                self._sites.append((site.module, processor))
+                self._sites.append((site.module, self._processor(name, transformer, site, call)))
         self._note_changes()
         numbers = {layer.number for layer in self._layers.values()}
         self.schedule.check_layers(numbers)
@@ -246,7 +241,7 @@ class Attachment(Shared):
         return self.passing.clock
 
     def _processor(
-        self, name: str, transformer: "ModelMixin", site: SelfAttention, stock: object, call: str
+        self, name: str, transformer: "ModelMixin", site: SelfAttention, call: str
     ) -> SparseProcessor:
         if why := self.method.unfit(class_of(transformer), site.layer, site.heads):
             raise ValueError(why)
@@ -276,9 +271,8 @@ class Attachment(Shared):
             text_split=partial(self._splits_text, name),
         )
         alike, traced = (layer.is_dense, why, site.call), partial(attend_in_graph, layer)
-        if branch is None:
-            return SparseProcessor(stock, call, self, layer, alike, traced)
-        return TrainableProcessor(stock, call, self, layer, alike, traced, branch)
+        kind = SparseProcessor if branch is None else TrainableProcessor
+        return kind(site.module.processor, call, self, layer, alike, traced)
 
     def _count_padding_once(
         self, transformer: "ModelMixin", call: str, attend: PaddingOnce
@@ -290,15 +284,13 @@ class Attachment(Shared):
             return made
         for module in transformer.modules():
             found = getattr(module, "processor", None)
-            bound = isinstance(found, BoundProcessor)
-            stock = found.stock if bound else found
-            if isinstance(found, SparseProcessor) or not calls(stock, call):
+            if isinstance(found, BoundProcessor):
+                serves = found.name == call and not isinstance(found, SparseProcessor)
+            else:
+                serves = calls(found, call)
+            if not serves:
                 continue
-            if bound and found.name != call:
-                continue
-            processor = TappedProcessor(stock, call, transformer, attend)
-            if bound:
-                processor.taps, processor.finishes = found.taps, found.finishes
+            processor = TappedProcessor(found, call, transformer, attend)
             put_processor(module, processor)
             made.append((module, processor))
         return made
