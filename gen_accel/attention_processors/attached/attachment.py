@@ -18,7 +18,6 @@ from gen_accel.attention_processors.attached.clock import (
     TRANSFORMERS,
     Clock,
     ForwardPass,
-    Reader,
     SchedulerOf,
     class_of,
     served_transformers,
@@ -39,6 +38,7 @@ from gen_accel.attention_processors.attached.step_state import (
     state_bytes,
 )
 from gen_accel.attention_processors.families import (
+    Family,
     SelfAttention,
     argument_names,
     by_name,
@@ -226,8 +226,7 @@ class Attachment(Shared):
                 )
         for name, transformer in transformers.items():
             family, names = families[name], argument_names(type(transformer))
-            read = Reader(family, names, reads_texts=family.serves("lengths of texts"))
-            begin = partial(self._begin, read)
+            begin = partial(self._begin, family, names, family.serves("lengths of texts"))
             self._hooks[name] = [
                 transformer.register_forward_pre_hook(begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end),
@@ -486,7 +485,15 @@ class Attachment(Shared):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _begin(self, read: Reader, transformer: "ModelMixin", args: tuple, kwargs: dict) -> None:
+    def _begin(
+        self,
+        family: Family,
+        names: tuple[str, ...],
+        reads_texts: bool,
+        transformer: "ModelMixin",
+        args: tuple,
+        kwargs: dict,
+    ) -> None:
         """Prepare a forward pass of a transformer; a hook before each."""
         traced = torch.compiler.is_compiling()
         if self.is_paused:
@@ -494,8 +501,8 @@ class Attachment(Shared):
             return
         if not traced:
             self._warn_of_others()
-        given = by_name(read.names, args, kwargs)
-        self.passing.begin(read, transformer, given)
+        given = by_name(names, args, kwargs)
+        self.passing.begin(family, transformer, given, reads_texts=reads_texts)
         if not traced:
             self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
@@ -508,8 +515,8 @@ class Attachment(Shared):
             or (self._changes and self.clock.scheduler is not None)
         )
         if (recorded or needed) and self.passing.advance(
-            read.family.timestep(given),
-            rising=read.family.attention.rising,
+            family.timestep(given),
+            rising=family.attention.rising,
             schedule=self.schedule,
             needed=needed,
             fresh=not self._gathering,

@@ -3,7 +3,7 @@ texts and their masks."""
 
 import pickle
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 from weakref import ref
 
 import torch
@@ -118,8 +118,9 @@ class Clock:
         scheduler = self.scheduler()
         new = scheduler.timesteps is not self._timesteps  # a new list for each run
         if new:
-            self._timesteps, self._begin = scheduler.timesteps, _begin(scheduler, timestep)
-            self._timestep = None
+            self._timesteps, self._timestep = scheduler.timesteps, None
+            begin = getattr(scheduler, "begin_index", None)  # Wan's video-to-video sets none
+            self._begin = _place(scheduler, timestep) if begin is None else begin
         self.step = _taken(scheduler, timestep, self._begin)
         self.steps = len(scheduler.timesteps) - self._begin
         self.lost = self._stands_still(scheduler, timestep)
@@ -167,13 +168,6 @@ def noise_levels(scheduler: "ConfigMixin", steps: int) -> tuple[float, ...]:
     return tuple(levels)
 
 
-def _begin(scheduler: "ConfigMixin", timestep: Tensor) -> int:
-    """Index in the scheduler's timesteps at which a run begins. Wan's video-to-video pipeline does
-    not give it."""
-    begin = getattr(scheduler, "begin_index", None)
-    return _place(scheduler, timestep) if begin is None else begin
-
-
 def _taken(scheduler: "ConfigMixin", timestep: Tensor, begin: int) -> int:
     """Number of steps of a run so far."""
     if hasattr(scheduler, "step_index"):
@@ -202,14 +196,6 @@ def _place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
     timesteps = scheduler.timesteps
     found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
     return int(found[0]) if len(found) else 0
-
-
-class Reader(NamedTuple):
-    """Reads the arguments of a model's forward passes."""
-
-    family: Family
-    names: tuple[str, ...]
-    reads_texts: bool
 
 
 # Facts of a pass that its blocks read, of the clock and of the pass itself. Counters, from which
@@ -252,24 +238,26 @@ class ForwardPass:
         self.masks_alike = masks_alike
         self._read: tuple[ref, tuple, Seen | None] | None = None
 
-    def begin(self, read: Reader, transformer: nn.Module, given: Given) -> None:
+    def begin(
+        self, family: Family, transformer: nn.Module, given: Given, *, reads_texts: bool
+    ) -> None:
         """Read the grid, and for graphs the lengths of the texts, from a call's arguments."""
         traced = torch.compiler.is_compiling()
         if not traced:
             self.seen_passes += 1
         self._read, self.refusal, self.is_one_graph = None, None, traced
-        self.own = read.family.stays_dense(transformer, given)
+        self.own = family.stays_dense(transformer, given)
         try:
-            held = None if self.own is not None else read.family.tokens(transformer, given)
+            held = None if self.own is not None else family.tokens(transformer, given)
             self.clock.tokens = held
         except ValueError as error:
             self.clock.tokens, self.refusal = None, error
         self.knows_grid = self.clock.tokens is not None
         self.clock.texts = None
-        if not read.reads_texts or not self.knows_grid:
+        if not reads_texts or not self.knows_grid:
             return
-        if traced or is_compiled(transformer) or read.family.attention.masks == "pairs":
-            self._read_texts(read.family, transformer, given)
+        if traced or is_compiled(transformer) or family.attention.masks == "pairs":
+            self._read_texts(family, transformer, given)
 
     @torch.compiler.disable(
         reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"

@@ -430,7 +430,7 @@ class Layer:
         run = MethodRun(self, call, tokens, None, None)
         for video, part in self._dense_parts(call, tokens, out):
             method = run.method_on(video)
-            kernel = run.runner(method, video, counted=False)
+            kernel = PlanRunner(run, method, video, counted=False)
             state.learn(method, *part, video=video, kernel=kernel)
 
     def observed(self, call: Call, tokens: Tokens, observe: "Observer") -> Tensor:
@@ -504,8 +504,9 @@ class MethodRun:
         """
         method = self.method_on(video)
         if self.state is not None:
-            return partial(self.state.attend, method, video=video, runner=self.runner)
-        kernel = self.runner(self.layer.method if self.full is None else self.full, video)
+            runner = partial(PlanRunner, self)
+            return partial(self.state.attend, method, video=video, runner=runner)
+        kernel = PlanRunner(self, self.layer.method if self.full is None else self.full, video)
         given: dict[str, object] = {} if self.branch is None else {"branch": self.branch}
         if gate is not None:
             given["gate"] = gate
@@ -520,15 +521,14 @@ class MethodRun:
             method = method.within(video, tokens.video)
         return method if self.call.heads is None else method.for_heads(self.call.heads)
 
-    def runner(self, method: Method, video: VideoShape, *, counted: bool = True) -> "PlanRunner":
-        """Runner of a method's plans over a grid that may be part of the call's own."""
-        return PlanRunner(self, method, video, counted)
-
 
 class PlanRunner(kernels.Runner):
-    """Runs the plans of a method in a call, as techniques for longer video change them."""
+    """Runs the plans of a method in a call, as techniques for longer video change them, over a
+    grid that may be part of the call's own."""
 
-    def __init__(self, run: MethodRun, method: Method, video: VideoShape, counted: bool) -> None:
+    def __init__(
+        self, run: MethodRun, method: Method, video: VideoShape, counted: bool = True
+    ) -> None:
         self.name = run.dense_by if method.is_dense else run.handle.kernel
         self.scale = run.call.scale
         self._run, self._method, self._video, self._counted = run, method, video, counted
