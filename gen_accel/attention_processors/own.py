@@ -40,10 +40,8 @@ CALL = "dispatch_attention_fn"
 
 
 class Window(NamedTuple):
-    """Windows of 3D neighbourhood attention, in the place of the mask of all token pairs.
-
-    The arguments are those of the function in diffusers that makes the mask.
-    """
+    """Windows of 3D neighbourhood attention, in the place of the mask of all token pairs, with the
+    arguments of the function in diffusers that makes it."""
 
     frames: int
     rows: int
@@ -77,10 +75,6 @@ class Own(NamedTuple):
     makers: Mapping[str, str] = types.MappingProxyType({})
 
 
-def _silent() -> None:
-    """Warn of nothing."""
-
-
 # As compiled FlexAttention looks to who asks.
 _COMPILED = types.SimpleNamespace(
     flex_attention=types.SimpleNamespace(_torchdynamo_orig_callable=None)
@@ -91,7 +85,7 @@ OWN: dict[str, Own] = {
         without_mask=True, makers={"_forward_train": _FAR, "_forward_cache": _FAR}
     ),
     "Kandinsky5AttnProcessor": Own(),
-    "Kandinsky6SRAttnProcessor": Own({"_warn_uncompiled_flex_attention": _silent}),
+    "Kandinsky6SRAttnProcessor": Own({"_warn_uncompiled_flex_attention": lambda: None}),
     "LTX2VideoVaeNeighborhoodAttnProcessor": Own({"_neighborhood_block_mask": Window}),
     "QwenImage21FlexAttnProcessor": Own({"flex_attention_module": _COMPILED}, poses=True),
     "WanAnimate2AttnProcessor": Own(makers={"create_mask": "create_block_mask"}),
@@ -216,12 +210,7 @@ class OwnSparsity:
 
 
 class _Runs:
-    """Attention of the processors of one class on one model.
-
-    Args:
-        name: of the class.
-        without_mask: see `Own`.
-    """
+    """Attention of the processors of one class, called `name`, on one model."""
 
     def __init__(self, name: str, kernel: str, *, without_mask: bool) -> None:
         self.name, self.kernel, self._without_mask = name, kernel, without_mask

@@ -102,18 +102,15 @@ def _forward(
     autocast: torch.dtype | None,
     trains: bool,
 ) -> Tensor:
-    """Compute (B, N, H, D) from q, k, v of that shape.
+    """Compute (B, N, H, D) from q, k, v of that shape. Other arguments are as in `Call`.
 
     Args:
-        mask: of the call.
-        place: of the processor.
         parameters: of the layer, so that they get gradients; of a layer with a gate what it
             gives, (B, N, H, D), if it is used.
-        scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
+        heads: the first and the end, or nothing.
         grid: see `_grid`.
         autocast: its dtype while the graph was traced; None if it was off. Operators run
             without it.
-        trains: whether a gradient will be asked for.
     """
     layer = processor_at(place).layer
     gate = parameters[0] if layer.is_gated and parameters else None
@@ -204,8 +201,12 @@ def _call(
     heads: list[int],
 ) -> Call:
     """Return the call as the processor made it."""
+
+    def stock() -> Tensor:
+        raise AssertionError("in a graph the model's own attention is none of the operator's")
+
     some = slice(*heads) if heads else None
-    return Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
+    return Call(q, k, v, scale, stock, [], mask, tokens, number, heads=some)
 
 
 def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
@@ -235,10 +236,6 @@ def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor
     # One graph tells no step from another.
     with layer.recording(call.q, state, recorded and handle.record and not grid) as record:
         return layer.compute(call, tokens, why, state, record)
-
-
-def _no_stock() -> Tensor:
-    raise AssertionError("in a graph the model's own attention is none of the operator's")
 
 
 def _as_traced(q: Tensor, autocast: torch.dtype | None) -> torch.autocast:

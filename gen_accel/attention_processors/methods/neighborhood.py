@@ -264,7 +264,9 @@ def _tiles(axes: Sequence[_Axis], *, gpu: bool) -> tuple[Axes, Axes]:
         return (MASKED * computed - (MASKED - 1) * whole) * (1 + FETCH / math.prod(tile_q))
 
     tiles: list[tuple[Axes, Axes]] = []
-    for tile in product(*map(_sides, sizes)):
+    # Sides that cut an axis as evenly as possible.
+    sides = (sorted({-(-size // n) for n in range(1, size + 1)}) for size in sizes)
+    for tile in product(*sides):
         tokens, rows = math.prod(tile), []
         if gpu and _power(tokens) == block_k:
             rows = [(axis, 2 if volume > TILE_K else 1) for axis in range(3)]
@@ -281,8 +283,3 @@ def _tiles(axes: Sequence[_Axis], *, gpu: bool) -> tuple[Axes, Axes]:
 def _power(number: int) -> int:
     """Return the least power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
-
-
-def _sides(size: int) -> list[int]:
-    """List the sides of tiles that cut an axis as evenly as possible."""
-    return sorted({-(-size // parts) for parts in range(1, size + 1)})
