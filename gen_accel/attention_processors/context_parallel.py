@@ -102,8 +102,7 @@ def exchanged(
 
 
 def _completed(gate: Tensor, streams: Sequence[Stream], config: Any, grid: int) -> Tensor:
-    """Pad the gate of a process, of the hidden states of the grid's stream or of neighbours too,
-    to all tokens that it holds. The others have a gate of zero."""
+    """Pad the gate of a process, of the grid's stream or its neighbours too, to its tokens."""
     degree, rank = config.ulysses_degree, config._ulysses_local_rank
     held = [len(stream.part(degree, rank)) for stream in streams]
     for first in range(grid, -1, -1):
@@ -274,8 +273,8 @@ def _orders(
 
 
 def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) -> Tensor:
-    """Gather the mask of all keys, (..., N), from masks of each process's keys, (..., n). The mask
-    takes the way of the keys, repeated to as many heads as there are processes."""
+    """Gather the mask of all keys, (..., N), from (..., n), on the way that the keys take."""
+    # As many heads as there are processes.
     rows = mask.reshape(len(mask), -1, 1, 1).expand(-1, -1, degree, -1)
     rows = whole(rows.to(dtype))[:, :, 0, 0]
     rows = rows.view(*mask.shape[:-1], -1)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping
 from copy import deepcopy
 from threading import get_ident
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -142,8 +142,7 @@ class BoundProcessor:
         self.__class__ = found
 
     def _copy_taps(self, source: "BoundProcessor", memo: dict) -> None:
-        """Copy callable objects and the contents of `functools.partial`. Plain functions are never
-        copied, and act on both models from then on."""
+        """Copy callable objects. Plain functions are not copied, and act on both models then."""
         self.taps = deepcopy(source.taps, memo)
         self.finishes = deepcopy(source.finishes, memo)
 
@@ -283,9 +282,15 @@ class TappedProcessor(BoundProcessor):
 
 
 def add_tap(
-    module: Any, name: str, tap: Tap, *, model: nn.Module | None = None
+    module: Any,
+    name: str,
+    tap: Tap | Finish,
+    *,
+    model: nn.Module | None = None,
+    kind: Literal["taps", "finishes"] = "taps",
 ) -> Callable[[], None]:
-    """Put `tap` on the attention calls of a module's processor, after the taps that are on it.
+    """Put `tap` on the attention calls of a module's processor, after the taps that are on it, or
+    as one of the "finishes", `tap(result, attn, hidden_states, ...)`, on its result.
 
     It stays while methods are attached and detached. The returned function removes the tap, and
     puts the stock processor back where nothing else is left. A second call does nothing.
@@ -298,15 +303,19 @@ def add_tap(
     Raises:
         ValueError: a processor that does not call `name`, or has parameters; a tap already on.
     """
-    return _add(module, name, "taps", tap, model)
-
-
-def add_finish(
-    module: Any, name: str, finish: Finish, *, model: nn.Module | None = None
-) -> Callable[[], None]:
-    """Put `finish(result, attn, hidden_states, ...)` on a processor's result, as `add_tap`
-    does."""
-    return _add(module, name, "finishes", finish, model)
+    processor = module.processor
+    if not isinstance(processor, BoundProcessor):
+        processor = TappedProcessor(processor, name, model)
+    elif processor.name != name:
+        raise ValueError(
+            f"the processor of {type(module).__name__} is bound at {processor.name}, and not at "
+            f"{name}; add the tap there"
+        )
+    if any(one is tap for one in getattr(processor, kind)):
+        raise ValueError(f"{tap} is on this {type(module).__name__} already; remove it first")
+    setattr(processor, kind, (*getattr(processor, kind), tap))
+    put_processor(module, processor)
+    return Removal(module, kind, tap)
 
 
 def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
@@ -317,31 +326,8 @@ def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
     return TappedProcessor(processor, processor.name, model)
 
 
-def _add(
-    module: Any, name: str, kind: str, added: Tap | Finish, model: nn.Module | None
-) -> Callable[[], None]:
-    processor = module.processor
-    if not isinstance(processor, BoundProcessor):
-        processor = TappedProcessor(processor, name, model)
-    elif processor.name != name:
-        raise ValueError(
-            f"the processor of {type(module).__name__} is bound at {processor.name}, and not at "
-            f"{name}; add the tap there"
-        )
-    if any(one is added for one in getattr(processor, kind)):
-        raise ValueError(f"{added} is on this {type(module).__name__} already; remove it first")
-    setattr(processor, kind, (*getattr(processor, kind), added))
-    put_processor(module, processor)
-    return Removal(module, kind, added)
-
-
 class Removal:
-    """Removes a tap or finish again. An object, since a closure would not be copied with the
-    model.
-
-    Args:
-        kind: "taps" or "finishes".
-    """
+    """Removes a tap or finish; an object, as a closure would not be copied with the model."""
 
     def __init__(self, module: Any, kind: str, added: Tap | Finish) -> None:
         self._module, self._kind, self._added = module, kind, added
@@ -485,8 +471,7 @@ def rebound(function: Any, namespace: dict[str, Any]) -> Callable:
 
 
 def _copied(code: types.CodeType) -> types.CodeType:
-    """Copy a code object with the functions in it. Where a graph breaks, torch.compile caches the
-    parts by the code object and refers to them by the globals."""
+    """Copy a code object with those in it, by which torch.compile caches parts of a graph."""
     parts = (_copied(x) if isinstance(x, types.CodeType) else x for x in code.co_consts)
     return code.replace(co_consts=tuple(parts))
 

@@ -276,11 +276,10 @@ class Attachment(Shared):
     def _count_padding_once(
         self, transformer: "ModelMixin", call: str, attend: PaddingOnce
     ) -> list[tuple[nn.Module, TappedProcessor]]:
-        """Bind the attentions beside the method's own, which are to text for the most part. On an
-        accelerator none, where each comparison would be waited for."""
+        """Bind the attentions beside the method's own, which are to text for the most part."""
         made = []
         if next(transformer.parameters()).device.type not in ("cpu", "meta"):
-            return made
+            return made  # where each comparison would be waited for
         for module in transformer.modules():
             found = getattr(module, "processor", None)
             if isinstance(found, BoundProcessor):
@@ -529,8 +528,7 @@ class Attachment(Shared):
             self._begin_states(self.states, transformer, args, kwargs)
 
     def _check_grid(self) -> None:
-        """Raise ValueError for a method that does not fit, however many steps are dense before
-        it is to run."""
+        """Raise ValueError for a method that does not fit, even if it is to run much later."""
         video = None if self.clock.tokens is None else self.clock.tokens.video
         if video is None or video == self._fitting:
             return
@@ -550,8 +548,7 @@ class Attachment(Shared):
     def _begin_states(
         self, states: StepStates, transformer: "ModelMixin", args: tuple, kwargs: dict
     ) -> None:
-        """Tell the states of the method that a forward pass begins; ValueError, judged by the
-        first passes of a run, if they would not fit."""
+        """Tell the states that a pass begins; ValueError if they would not fit in memory."""
         fresh = states.begin(transformer, self.clock, learns=self.passing.learns)
         # The first tensor is the latents. They have a row for each sample, and lie on the device
         # that computes even if weights are still offloaded.

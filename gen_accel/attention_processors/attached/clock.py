@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import Family, Given
-from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.attention_processors.seam import Call, is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 
 if TYPE_CHECKING:
@@ -128,10 +128,9 @@ class Clock:
         return new
 
     def _stands_still(self, scheduler: "ConfigMixin", timestep: Tensor) -> bool:
-        """Whether another scheduler steps: the timestep moves and is not in this scheduler's list,
-        and this one has begun no step or taken all."""
+        """Whether another scheduler steps: the timestep moves and is not in this one's list."""
         index = getattr(scheduler, "step_index", None)
-        if index is not None and index < len(scheduler.timesteps):
+        if index is not None and index < len(scheduler.timesteps):  # a step has begun
             self._timestep = None
             return False
         before, self._timestep = self._timestep, timestep.max().item()
@@ -181,8 +180,7 @@ def _taken(scheduler: "ConfigMixin", timestep: Tensor, begin: int) -> int:
 
 
 def _mean_place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
-    """Index of `timestep` among the scheduler's. Where each frame has its own, the mean over the
-    first sample's frames that are still noisy."""
+    """Index of `timestep`, or the mean over the first sample's frames that are still noisy."""
     timesteps = scheduler.timesteps
     if timestep.ndim < 2 or timesteps.ndim > 1:
         return _place(scheduler, timestep)
@@ -328,21 +326,18 @@ class ForwardPass:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(back)
 
-    def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
-        """Return which tokens beside the grid each sample sees; ValueError for a mask that hides
-        others. Most models give all layers one mask, which is read once, as this waits for the
-        device.
-
-        Args:
-            layer: its name, for the error.
-            mask: as attention calls take it.
-            q: (B, N, H, D).
-        """
+    def seen(self, layer: str, call: Call, tokens: Tokens) -> Sequence[Sequence[int]] | None:
+        """Return which tokens beside the grid each sample sees in a call of `layer`, None for all;
+        ValueError for a mask that hides others. Most models give all layers one mask, which is
+        read once, as this waits for the device."""
+        mask = call.mask
+        if mask is None:
+            return None
         if self.clock.texts is not None:
             return tuple(range(n) for n in self.clock.texts)
         key, read = (tokens, mask.shape, mask.dtype), self._read
         if read is None or read[1] != key or not (self.masks_alike or read[0]() is mask):
-            read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
+            read = ref(mask), key, seen_text(mask, tokens.complete(call.q), tokens)
             self._read = read
         seen = read[2]
         if seen is None:

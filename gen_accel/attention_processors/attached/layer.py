@@ -237,7 +237,7 @@ class Layer:
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
         gate = None if call.gate is None or why is not None else _completed(call, tokens)
-        seen, outs = self.seen(call, tokens), []
+        seen, outs = self.handle.passing.seen(self.name, call, tokens), []
         if any(one.whole for one in extensions):
             run.texts, seen = seen, None
         groups = by_text(tokens, len(call.q), seen, call.q.device)
@@ -251,7 +251,7 @@ class Layer:
                     attend = partial(extension.around, attend)
             if attend is run:
                 own = None if gate is None else some.of(gate)
-                out = run.on(some.video, own)(*part)
+                out = run(*part, some.video, own)
             elif gate is None:
                 out = attend(*part, some.video)
             else:
@@ -371,14 +371,9 @@ class Layer:
             "attach Dense() or detach for this model"
         )
 
-    def seen(self, call: Call, tokens: Tokens) -> Sequence[Sequence[int]] | None:
-        """Return which tokens beside the grid each sample sees; None for all."""
-        if call.mask is None:
-            return None
-        return self.handle.passing.seen(self.name, call.mask, call.q, tokens)
-
     def by_text(self, call: Call, tokens: Tokens) -> Sequence[Samples]:
-        return by_text(tokens, len(call.q), self.seen(call, tokens), call.q.device)
+        seen = self.handle.passing.seen(self.name, call, tokens)
+        return by_text(tokens, len(call.q), seen, call.q.device)
 
     def over_processes(
         self, call: Call, tokens: Tokens, attend: Callable[[Call], Tensor]
@@ -455,7 +450,8 @@ class MethodRun:
     """One call of a layer's method, or of full attention in its place, with what ran: the
     kernels, and the plans with the number of heads of each.
 
-    Called with q, k, v, (B, H, N, D), and their grid, it returns (B, H, N, D).
+    Called with q, k, v, (B, H, N, D), their grid, and the gate of a method that has one, of that
+    shape too, it returns (B, H, N, D).
 
     Attributes:
         keys: number that each query could see, where a technique adds some; None: the call's.
@@ -491,26 +487,18 @@ class MethodRun:
         self.choices: list[kernels.Choice] = []
         self.plans: list[tuple[Plan, int]] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
-        return self.on(video)(q, k, v)
-
-    def on(
-        self, video: VideoShape, gate: Tensor | None = None
-    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Return the method of this call on a grid, with all but q, k and v given.
-
-        Args:
-            gate: (B, H, N, D), of a method that has one.
-        """
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, gate: Tensor | None = None
+    ) -> Tensor:
         method = self.method_on(video)
         if self.state is not None:
             runner = partial(PlanRunner, self)
-            return partial(self.state.attend, method, video=video, runner=runner)
+            return self.state.attend(method, q, k, v, video=video, runner=runner)
         kernel = PlanRunner(self, self.layer.method if self.full is None else self.full, video)
         given: dict[str, object] = {} if self.branch is None else {"branch": self.branch}
         if gate is not None:
             given["gate"] = gate
-        return partial(method, video=video, kernel=kernel, **given)
+        return method(q, k, v, video=video, kernel=kernel, **given)
 
     def method_on(self, video: VideoShape) -> Method:
         """Return the method at the step under way, fitted to the smaller grids on the levels of a
@@ -597,12 +585,11 @@ _known_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _rows(plan: Plan, tokens: Tokens) -> tuple[Tensor, float]:
-    """Return which blocks of a plan hold tokens that are queries, (Kq,) bool, and the share of
-    queries among their tokens. Waits for the device once for each layout."""
+    """Blocks that hold queries, (Kq,) bool, and the share of queries among their tokens."""
     known = _known_rows.get(plan.slots)
     if known is None:
         known = _known_rows[plan.slots] = {}
-    if (plan.block_q, tokens) not in known:
+    if (plan.block_q, tokens) not in known:  # waits for the device
         with torch.inference_mode(False):
             slots = plan.slots
             real = (slots >= 0).view(-1, plan.block_q)
@@ -684,8 +671,7 @@ def gated(call: Call, gate: nn.Module) -> Call:
 
 
 def _completed(call: Call, tokens: Tokens) -> Tensor:
-    """Pad the gate of a call to all its tokens, where the model's hidden states are of the grid,
-    or of the grid and what comes before or after it. All other tokens have a gate of zero."""
+    """Pad the gate of a call, of the grid and maybe its neighbours, to all tokens by zeros."""
     gate, k = call.gate, call.k.shape[1]
     assert gate is not None
     own, seen = gate.shape[1], tokens.before + tokens.video.video_tokens

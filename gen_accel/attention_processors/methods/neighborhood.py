@@ -156,8 +156,7 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
 def _slots(
     video: VideoShape, tile_q: Axes, tile_k: Axes, block_k: int, orders: Sequence[Tensor]
 ) -> Tensor:
-    """Lay out a video cut into query tiles and these into key tiles, each padded to a key block,
-    with text in query blocks of its own and the indices of each axis in its order."""
+    """Lay out query tiles cut into key tiles, each padded to a key block, and text after them."""
     counts = [-(-size // step) for size, step in zip(video.grid, tile_q, strict=True)]
     padded = torch.full([n * t for n, t in zip(counts, tile_q, strict=True)], -1)
     tokens = torch.arange(video.video_tokens).view(video.grid)
