@@ -82,6 +82,15 @@ Tap = Callable[[Call, Tensor], Tensor]
 Finish = Callable[..., Any]
 
 
+def _of_stock(name: str) -> property:
+    """Make an attribute of the stock processor one of the bound processor, too."""
+
+    def put(self: "BoundProcessor", value: object) -> None:
+        setattr(self.stock, name, value)
+
+    return property(lambda self: getattr(self.stock, name), put)
+
+
 class BoundProcessor:
     """A diffusers attention processor whose attention call goes to `attend`, then through `taps`
     in order. The processor's result goes through `finishes`.
@@ -147,21 +156,8 @@ class BoundProcessor:
         self.finishes = deepcopy(source.finishes, memo)
 
     # diffusers sets these two on the processor; dense steps must obey them.
-    @property
-    def _attention_backend(self) -> object:
-        return self.stock._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: object) -> None:
-        self.stock._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> object:
-        return self.stock._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: object) -> None:
-        self.stock._parallel_config = config
+    _attention_backend = _of_stock("_attention_backend")
+    _parallel_config = _of_stock("_parallel_config")
 
 
 class SparseProcessor(BoundProcessor):
@@ -266,11 +262,6 @@ class TappedProcessor(BoundProcessor):
             alike = alike, attend
         BoundProcessor.__init__(self, stock, name, attend, alike, traced, also=also, poses=poses)
 
-    @property
-    def is_needed(self) -> bool:
-        """Whether more than the stock processor's own code runs."""
-        return bool(self.taps or self.finishes) or self._attend is not _as_stock
-
     def __deepcopy__(self, memo: dict) -> "TappedProcessor":
         twin = memo[id(self)] = object.__new__(type(self))
         model = None if self._model is None else self._model()
@@ -343,7 +334,8 @@ class Removal:
             return
         left = tuple(one for one in getattr(processor, self._kind) if one is not self._added)
         setattr(processor, self._kind, left)
-        if isinstance(processor, TappedProcessor) and not processor.is_needed:
+        own = processor.taps or processor.finishes or processor._attend is not _as_stock
+        if isinstance(processor, TappedProcessor) and not own:
             put_processor(self._module, processor.stock)
 
 
@@ -409,7 +401,18 @@ def _class(
 
     Graphs of torch.compile, which all of the class share, are made with `traced`."""
     run = _ProcessorRun()
-    function = _bound(stock.__call__, name, traced, run, also)
+    own: Any = stock.__call__
+    namespace = own.__globals__ | also
+    first, _, attribute = name.partition(".")
+    if attribute:
+        module = types.ModuleType(namespace[first].__name__)
+        vars(module).update(vars(namespace[first]))
+        bound = _bind(getattr(module, attribute), traced, run, heads_first=True)
+        setattr(module, attribute, bound)
+        namespace[first] = module
+    else:
+        namespace[first] = _bind(namespace[first], traced, run)
+    function = rebound(own, namespace)
 
     def call(self: Any, attn: object, *args: Any, **kwargs: Any) -> object:
         first = args[0] if args else kwargs["hidden_states"]
@@ -422,7 +425,7 @@ def _class(
             result = finish(result, attn, *args, **kwargs)
         return result
 
-    call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+    call.__signature__ = inspect.signature(own)  # pyright: ignore[reportFunctionMemberAccess]
     members = {"__call__": call, "__init__": _made_anew, "__module__": kind.__module__}
     members["unbound"] = kind
     if poses:
@@ -436,23 +439,6 @@ def _made_anew(self: object) -> None:
         "diffusers replaces the processors of this model to load its image prompts: detach first, "
         "or load them by gen_accel.load_image_prompt, which keeps what is attached"
     )
-
-
-def _bound(
-    stock: Any, name: str, traced: Traced, run: _ProcessorRun, also: Mapping[str, Any]
-) -> Callable:
-    """Return the stock call with one name of its globals rebound, and those of `also`."""
-    namespace = stock.__globals__ | also
-    first, _, attribute = name.partition(".")
-    if attribute:
-        module = types.ModuleType(namespace[first].__name__)
-        vars(module).update(vars(namespace[first]))
-        call = _bind(getattr(module, attribute), traced, run, heads_first=True)
-        setattr(module, attribute, call)
-        namespace[first] = module
-    else:
-        namespace[first] = _bind(namespace[first], traced, run)
-    return rebound(stock, namespace)
 
 
 def rebound(function: Any, namespace: dict[str, Any]) -> Callable:

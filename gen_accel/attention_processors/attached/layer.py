@@ -30,11 +30,6 @@ from gen_accel.method import Method, Step, check_method, is_silent
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-# plan, its grid, the denoising step from 0, and how many there are if that is known
-Adjust = Callable[[Plan, VideoShape, int, int | None], Plan]
-# attend(q, k, v, video), then q, k, v, video: (B, H, N, D) in and out
-Around = Callable[..., Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class AttentionExtension:
@@ -43,9 +38,10 @@ class AttentionExtension:
 
     Args:
         trained: frames after patchify; nothing is changed on a grid that is not longer.
-        adjust: returns the plan to use instead. Called for every plan, in graphs of torch.compile
-            too.
-        around: computes an attention by calling `attend` on grids of its own choice.
+        adjust: returns the plan to use instead, of a plan, its grid, the denoising step from 0,
+            and how many there are if that is known. Called in graphs of torch.compile too.
+        around: computes an attention, (B, H, N, D), of `attend(q, k, v, video)`, q, k, v and
+            video, by calling `attend` on grids of its own choice.
         needs_step: `adjust` differs from step to step, so that it cannot run in a graph.
         whole: `around` takes all samples of the batch at once, with the padding of their texts;
             see `MethodRun.texts`.
@@ -53,8 +49,8 @@ class AttentionExtension:
 
     name: str
     trained: int
-    adjust: Adjust | None = None
-    around: Around | None = None
+    adjust: Callable[[Plan, VideoShape, int, int | None], Plan] | None = None
+    around: Callable[..., Tensor] | None = None
     needs_step: bool = False
     whole: bool = False
 
@@ -64,20 +60,6 @@ def active(
 ) -> list[AttentionExtension]:
     """List the extensions that change something on a grid."""
     return [one for one in extensions if video.frames > one.trained]
-
-
-def adjusted(
-    plan: Plan,
-    extensions: Sequence[AttentionExtension],
-    video: VideoShape,
-    step: int,
-    steps: int | None,
-) -> Plan:
-    """Adjust a plan by all active extensions, one after the other."""
-    for extension in active(extensions, video):
-        if extension.adjust is not None:
-            plan = extension.adjust(plan, video, step, steps)
-    return plan
 
 
 def no_graph(extension: AttentionExtension) -> str:
@@ -531,9 +513,10 @@ class PlanRunner(kernels.Runner):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         run, handle = self._run, self._run.handle
-        if handle.extensions:
-            clock = handle.passing.clock
-            plan = adjusted(plan, handle.extensions, self._video, clock.step, clock.steps)
+        clock = handle.passing.clock
+        for extension in active(handle.extensions, self._video):
+            if extension.adjust is not None:
+                plan = extension.adjust(plan, self._video, clock.step, clock.steps)
         if run.tokens.past and self._video.frames == run.tokens.video.frames:
             plan = asked(plan, run.tokens)
         # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.

@@ -21,7 +21,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.blocks import Pool, full_tiles, rest_of, tokens_of_tile
 from gen_accel.method import Method, plan_once
 from gen_accel.parsing import Count, Positive, check_options
-from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
+from gen_accel.plan import Centre, Plan, raster_slots, tile_slots
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
 
@@ -121,7 +121,8 @@ class Radial(Method):
         slots = raster_slots(video, self.block)
         blocks = slots.numel() // self.block
         keep = mask_or_runs(_raster_rows(self, video, blocks), blocks, blocks)
-        return Plan(slots, keep, self.block, self.block, rest=_rest(self))
+        rest = rest_of(self.rest, self.centre, flat=True)
+        return Plan(slots, keep, self.block, self.block, rest=rest)
 
     def whole_frames(self, frames: int) -> list[int]:
         """List the frames that every query sees whole: the sink and the anchors."""
@@ -130,11 +131,6 @@ class Radial(Method):
             for frame in range(frames)
             if (self.sink and frame == 0) or (self.anchor_every and frame % self.anchor_every == 0)
         ]
-
-
-def _rest(method: Radial) -> Rest | None:
-    # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
-    return rest_of(method.rest, method.centre, flat=True)
 
 
 def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Tensor]:
@@ -240,7 +236,9 @@ def _with_text(
         if left:
             yield occupied.repeat(left, 1)
 
-    return Plan(slots, mask_or_runs(rows(), *size), block_q, block_k, rest=_rest(method))
+    # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
+    rest = rest_of(method.rest, method.centre, flat=True)
+    return Plan(slots, mask_or_runs(rows(), *size), block_q, block_k, rest=rest)
 
 
 def _windows(method: Radial, video: VideoShape, counts: Sequence[int]) -> Tensor:
