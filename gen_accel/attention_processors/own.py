@@ -154,20 +154,19 @@ class OwnSparsity:
     def __init__(self, sites: list[tuple[nn.Module, nn.Module, Any]], kernel: str) -> None:
         self._sites: list[tuple[nn.Module, nn.Module, TappedProcessor]] = []
         self._bound: list[tuple[nn.Module, str]] = []
-        self._runs: list[_Runs] = []
         self._lighter: list[Removable] = []
-        alike: dict[tuple[int, str], _Runs] = {}
+        self._runs: dict[tuple[int, str], _Runs] = {}
         for model, module, found in sites:
             name = _stock_of(found)
             own, key = OWN[name], (id(model), name)
-            if key not in alike:
-                alike[key] = _Runs(name, kernel, without_mask=own.without_mask)
-                self._runs.append(alike[key])
+            if key not in self._runs:
+                self._runs[key] = _Runs(name, kernel, without_mask=own.without_mask)
                 self._rebind(model, own.makers)
                 if any(kind.__name__ in served_classes() for kind in type(model).__mro__):
                     self._lighter += family_of(model).lighten(model, lambda: self.is_attached)
             options = {"also": own.also, "poses": own.poses}
-            processor = TappedProcessor(found, CALL, model, alike[key], in_graphs=True, **options)
+            runs = self._runs[key]
+            processor = TappedProcessor(found, CALL, model, runs, in_graphs=True, **options)
             put_processor(module, processor)
             self._sites.append((model, module, processor))
 
@@ -206,7 +205,7 @@ class OwnSparsity:
 
     def summary(self) -> str:
         """Say which processors ran, how often and by which kernels."""
-        return "\n".join(map(str, self._runs))
+        return "\n".join(map(str, self._runs.values()))
 
 
 class _Runs:

@@ -106,16 +106,13 @@ class Neighborhood(Method):
     def within(self, video: VideoShape, whole: VideoShape) -> "Neighborhood":
         """Return the method with the whole of each axis that is shorter in `video` than in
         `whole`, and shorter than `window` x `dilation`."""
-        window, stride, dilation = [*self.window], [*self.stride], [*self.dilation]
-        for i, (size, most) in enumerate(zip(video.grid, whole.grid, strict=True)):
-            if size < most and window[i] * dilation[i] > size:
-                window[i], stride[i], dilation[i] = -1, 1, 1
-        return replace(
-            self,
-            window=(window[0], window[1], window[2]),
-            stride=(stride[0], stride[1], stride[2]),
-            dilation=(dilation[0], dilation[1], dilation[2]),
-        )
+        axes = zip(self.window, self.stride, self.dilation, strict=True)
+        kept = [
+            (-1, 1, 1) if size < most and axis[0] * axis[2] > size else axis
+            for size, most, axis in zip(video.grid, whole.grid, axes, strict=True)
+        ]
+        window, stride, dilation = zip(*kept, strict=True)
+        return replace(self, window=window, stride=stride, dilation=dilation)
 
     def by_axis(self, video: VideoShape) -> Iterator[tuple[str, int, int, int, int, bool]]:
         """Yield for each axis its name, the video's size, window, stride, dilation and
