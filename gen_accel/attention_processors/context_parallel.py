@@ -8,7 +8,7 @@ process holds is counted once.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -73,11 +73,7 @@ def exchanged(
     _check(call, config, method)
     streams = _streams(call, config, tokens, text_split)
     order, held = _orders(streams, config.ulysses_degree, str(call.q.device))
-
-    def whole(x: Tensor) -> Tensor:
-        x = _to_heads(x, config)
-        return x if order is None else x.index_select(1, order)
-
+    whole = partial(_to_heads, config=config, order=order)
     q, k, v = (whole(x) for x in (call.q, call.k, call.v))
     mask = call.mask
     if mask is not None and mask.shape[-1] == n and mask.numel() == len(mask) * n:
@@ -106,8 +102,7 @@ def exchanged(
 
 
 def _completed(gate: Tensor, streams: Sequence[Stream], config: Any, grid: int) -> Tensor:
-    """Pad the gate of a process, of the hidden states of the grid's stream or of neighbours too,
-    to all tokens that it holds. The others have a gate of zero."""
+    """Pad the gate of a process, of the grid's stream or its neighbours too, to its tokens."""
     degree, rank = config.ulysses_degree, config._ulysses_local_rank
     held = [len(stream.part(degree, rank)) for stream in streams]
     for first in range(grid, -1, -1):
@@ -121,16 +116,14 @@ def _completed(gate: Tensor, streams: Sequence[Stream], config: Any, grid: int) 
 
 
 def splits_text(transformer: nn.Module) -> bool:
-    """Whether text is sharded apart from the video, as the second stream of a model.
-
-    Read from the hooks that `enable_parallelism` left, since it keeps no plan."""
-    hooks = [
-        hook
+    """Whether text is sharded apart from the video, as the second stream of a model, by the hooks
+    that `enable_parallelism` left, since it keeps no plan."""
+    return any(
+        "encoder_hidden_states" in getattr(hook, "metadata", ())
         for module in transformer.modules()
         if hasattr(module, "_diffusers_hook")
         for hook in module._diffusers_hook.hooks.values()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    ]
-    return any("encoder_hidden_states" in getattr(hook, "metadata", ()) for hook in hooks)
+    )
 
 
 def context_parallel_plan(transformer: Model) -> SplitPlan:
@@ -246,12 +239,8 @@ def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple
 def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
     """Return streams with the grid sharded, and all other tokens in each process."""
     video, before = tokens.video, tokens.before
-    streams = (
-        Stream(before, False),
-        Stream(video.video_tokens, True),
-        Stream(video.text - before, False),
-    )
-    return tuple(stream for stream in streams if stream.tokens)
+    parts = (before, False), (video.video_tokens, True), (video.text - before, False)
+    return tuple(Stream(tokens, split) for tokens, split in parts if tokens)
 
 
 def _held(streams: Sequence[Stream], config: Any) -> int:
@@ -284,22 +273,24 @@ def _orders(
 
 
 def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) -> Tensor:
-    """Gather the mask of all keys, (..., N), from masks of each process's keys, (..., n). The mask
-    takes the way of the keys, repeated to as many heads as there are processes."""
+    """Gather the mask of all keys, (..., N), from (..., n), on the way that the keys take."""
+    # As many heads as there are processes.
     rows = mask.reshape(len(mask), -1, 1, 1).expand(-1, -1, degree, -1)
     rows = whole(rows.to(dtype))[:, :, 0, 0]
     rows = rows.view(*mask.shape[:-1], -1)
     return rows != 0 if mask.dtype == torch.bool else rows
 
 
-def _to_heads(x: Tensor, config: Any) -> Tensor:
-    """Trade shards of the sequence for heads: (B, n, H, D) to (B, all that arrives, heads, D)."""
+def _to_heads(x: Tensor, config: Any, order: Tensor | None) -> Tensor:
+    """Trade shards of the sequence for heads, (B, n, H, D) to (B, all tokens, heads, D)."""
     from diffusers.models import attention_dispatch
 
     group = config._ulysses_mesh.get_group()
     if config.ulysses_anything:
-        return attention_dispatch.all_to_all_single_any_qkv_async(x, group)()
-    return attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1)
+        x = attention_dispatch.all_to_all_single_any_qkv_async(x, group)()
+    else:
+        x = attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1)
+    return x if order is None else x.index_select(1, order)
 
 
 def _to_tokens(x: Tensor, config: Any, n: int, heads: int) -> Tensor:

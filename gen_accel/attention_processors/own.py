@@ -40,10 +40,8 @@ CALL = "dispatch_attention_fn"
 
 
 class Window(NamedTuple):
-    """Windows of 3D neighbourhood attention, in the place of the mask of all token pairs.
-
-    The arguments are those of the function in diffusers that makes the mask.
-    """
+    """Windows of 3D neighbourhood attention, in the place of the mask of all token pairs, with the
+    arguments of the function in diffusers that makes it."""
 
     frames: int
     rows: int
@@ -77,10 +75,6 @@ class Own(NamedTuple):
     makers: Mapping[str, str] = types.MappingProxyType({})
 
 
-def _silent() -> None:
-    """Warn of nothing."""
-
-
 # As compiled FlexAttention looks to who asks.
 _COMPILED = types.SimpleNamespace(
     flex_attention=types.SimpleNamespace(_torchdynamo_orig_callable=None)
@@ -91,7 +85,7 @@ OWN: dict[str, Own] = {
         without_mask=True, makers={"_forward_train": _FAR, "_forward_cache": _FAR}
     ),
     "Kandinsky5AttnProcessor": Own(),
-    "Kandinsky6SRAttnProcessor": Own({"_warn_uncompiled_flex_attention": _silent}),
+    "Kandinsky6SRAttnProcessor": Own({"_warn_uncompiled_flex_attention": lambda: None}),
     "LTX2VideoVaeNeighborhoodAttnProcessor": Own({"_neighborhood_block_mask": Window}),
     "QwenImage21FlexAttnProcessor": Own({"flex_attention_module": _COMPILED}, poses=True),
     "WanAnimate2AttnProcessor": Own(makers={"create_mask": "create_block_mask"}),
@@ -160,24 +154,19 @@ class OwnSparsity:
     def __init__(self, sites: list[tuple[nn.Module, nn.Module, Any]], kernel: str) -> None:
         self._sites: list[tuple[nn.Module, nn.Module, TappedProcessor]] = []
         self._bound: list[tuple[nn.Module, str]] = []
-        self._runs: list[_Runs] = []
         self._lighter: list[Removable] = []
-        alike: dict[tuple[int, str], _Runs] = {}
+        self._runs: dict[tuple[int, str], _Runs] = {}
         for model, module, found in sites:
-            bound = isinstance(found, BoundProcessor)
-            stock = found.stock if bound else found
-            name = type(stock).__name__
+            name = _stock_of(found)
             own, key = OWN[name], (id(model), name)
-            if key not in alike:
-                alike[key] = _Runs(name, kernel, without_mask=own.without_mask)
-                self._runs.append(alike[key])
+            if key not in self._runs:
+                self._runs[key] = _Runs(name, kernel, without_mask=own.without_mask)
                 self._rebind(model, own.makers)
                 if any(kind.__name__ in served_classes() for kind in type(model).__mro__):
                     self._lighter += family_of(model).lighten(model, lambda: self.is_attached)
             options = {"also": own.also, "poses": own.poses}
-            processor = TappedProcessor(stock, CALL, model, alike[key], in_graphs=True, **options)
-            if bound:
-                processor.taps, processor.finishes = found.taps, found.finishes
+            runs = self._runs[key]
+            processor = TappedProcessor(found, CALL, model, runs, in_graphs=True, **options)
             put_processor(module, processor)
             self._sites.append((model, module, processor))
 
@@ -216,16 +205,11 @@ class OwnSparsity:
 
     def summary(self) -> str:
         """Say which processors ran, how often and by which kernels."""
-        return "\n".join(map(str, self._runs))
+        return "\n".join(map(str, self._runs.values()))
 
 
 class _Runs:
-    """Attention of the processors of one class on one model.
-
-    Args:
-        name: of the class.
-        without_mask: see `Own`.
-    """
+    """Attention of the processors of one class, called `name`, on one model."""
 
     def __init__(self, name: str, kernel: str, *, without_mask: bool) -> None:
         self.name, self.kernel, self._without_mask = name, kernel, without_mask

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Mapping
 from copy import deepcopy
 from threading import get_ident
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -82,12 +82,22 @@ Tap = Callable[[Call, Tensor], Tensor]
 Finish = Callable[..., Any]
 
 
+def _of_stock(name: str) -> property:
+    """Make an attribute of the stock processor one of the bound processor, too."""
+
+    def put(self: "BoundProcessor", value: object) -> None:
+        setattr(self.stock, name, value)
+
+    return property(lambda self: getattr(self.stock, name), put)
+
+
 class BoundProcessor:
     """A diffusers attention processor whose attention call goes to `attend`, then through `taps`
     in order. The processor's result goes through `finishes`.
 
     Args:
-        stock: the processor found on the model. It is kept, and put back in the end.
+        stock: the processor found on the model. It is kept, and put back in the end. In the place
+            of a bound one, its stock processor is taken over, with its taps and finishes.
         name: of its attention call, a global of its module with the signature of diffusers'
             `dispatch_attention_fn`, or "F.scaled_dot_product_attention".
         attend: ours.
@@ -113,6 +123,10 @@ class BoundProcessor:
         also: Mapping[str, Any] = MappingProxyType({}),
         poses: bool = False,
     ) -> None:
+        self.taps: tuple[Tap, ...] = ()
+        self.finishes: tuple[Finish, ...] = ()
+        if isinstance(stock, BoundProcessor):
+            self.taps, self.finishes, stock = stock.taps, stock.finishes, stock.stock
         if isinstance(stock, nn.Module):
             raise ValueError(
                 f"{type(stock).__name__} has parameters of its own, which `.to()` and "
@@ -125,10 +139,7 @@ class BoundProcessor:
                 "replaced; put the model's own processors back first, a UNet's by "
                 "set_attn_processor(AttnProcessor2_0()), without attention slicing or xformers"
             )
-        self.stock, self.name = stock, name
-        self.taps: tuple[Tap, ...] = ()
-        self.finishes: tuple[Finish, ...] = ()
-        self._attend = attend
+        self.stock, self.name, self._attend = stock, name, attend
         kind = getattr(self, "unbound", type(self))
         key = (kind, type(stock), name, alike)
         found = None if alike is None else _classes.get(key)
@@ -140,27 +151,13 @@ class BoundProcessor:
         self.__class__ = found
 
     def _copy_taps(self, source: "BoundProcessor", memo: dict) -> None:
-        """Copy callable objects and the contents of `functools.partial`. Plain functions are never
-        copied, and act on both models from then on."""
+        """Copy callable objects. Plain functions are not copied, and act on both models then."""
         self.taps = deepcopy(source.taps, memo)
         self.finishes = deepcopy(source.finishes, memo)
 
     # diffusers sets these two on the processor; dense steps must obey them.
-    @property
-    def _attention_backend(self) -> object:
-        return self.stock._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: object) -> None:
-        self.stock._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> object:
-        return self.stock._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: object) -> None:
-        self.stock._parallel_config = config
+    _attention_backend = _of_stock("_attention_backend")
+    _parallel_config = _of_stock("_parallel_config")
 
 
 class SparseProcessor(BoundProcessor):
@@ -207,17 +204,15 @@ class SparseProcessor(BoundProcessor):
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bind the copy to the copy of its owner: a plain function is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))
-        if isinstance(twin, nn.Module):
+        if isinstance(twin, TrainableProcessor):
             nn.Module.__init__(twin)
         stock, owner = deepcopy(self.stock, memo), deepcopy(self.owner, memo)
         layer, traced = deepcopy(self.layer, memo), deepcopy(self._traced, memo)
-        if isinstance(self, TrainableProcessor) and isinstance(twin, TrainableProcessor):
-            branch = deepcopy(self.branch, memo)
-            TrainableProcessor.__init__(
-                twin, stock, self.name, owner, layer, self._alike, traced, branch
-            )
+        given = stock, self.name, owner, layer, self._alike, traced
+        if isinstance(twin, TrainableProcessor):
+            TrainableProcessor.__init__(twin, *given)
         else:
-            SparseProcessor.__init__(twin, stock, self.name, owner, layer, self._alike, traced)
+            SparseProcessor.__init__(twin, *given)
         if self.has_ended:
             twin.end()
         twin._copy_taps(self, memo)
@@ -225,26 +220,16 @@ class SparseProcessor(BoundProcessor):
 
 
 class TrainableProcessor(SparseProcessor, nn.Module):
-    """A processor of a method with parameters, and a module of the model like any other. Its
-    parameters are in `transformer.parameters()` and `state_dict()`, and follow `.to()`.
-
-    Args:
-        branch: holds the parameters: the method's branch in this layer, or its gate.
-    """
+    """A processor of a layer with parameters, and a module of the model like any other. The
+    parameters are in `transformer.parameters()` and `state_dict()`, and follow `.to()`."""
 
     def __init__(
-        self,
-        stock: Any,
-        name: str,
-        owner: Any,
-        layer: Any,
-        alike: Hashable,
-        traced: Traced | None,
-        branch: nn.Module,
+        self, stock: Any, name: str, owner: Any, layer: Any, alike: Hashable, traced: Traced | None
     ) -> None:
         nn.Module.__init__(self)
         SparseProcessor.__init__(self, stock, name, owner, layer, alike, traced)
-        self.branch, self.takes_hidden = branch, layer.is_gated
+        self.branch: nn.Module = layer.branch
+        self.takes_hidden = layer.is_gated
 
 
 class TappedProcessor(BoundProcessor):
@@ -277,11 +262,6 @@ class TappedProcessor(BoundProcessor):
             alike = alike, attend
         BoundProcessor.__init__(self, stock, name, attend, alike, traced, also=also, poses=poses)
 
-    @property
-    def is_needed(self) -> bool:
-        """Whether more than the stock processor's own code runs."""
-        return bool(self.taps or self.finishes) or self._attend is not _as_stock
-
     def __deepcopy__(self, memo: dict) -> "TappedProcessor":
         twin = memo[id(self)] = object.__new__(type(self))
         model = None if self._model is None else self._model()
@@ -293,9 +273,15 @@ class TappedProcessor(BoundProcessor):
 
 
 def add_tap(
-    module: Any, name: str, tap: Tap, *, model: nn.Module | None = None
+    module: Any,
+    name: str,
+    tap: Tap | Finish,
+    *,
+    model: nn.Module | None = None,
+    kind: Literal["taps", "finishes"] = "taps",
 ) -> Callable[[], None]:
-    """Put `tap` on the attention calls of a module's processor, after the taps that are on it.
+    """Put `tap` on the attention calls of a module's processor, after the taps that are on it, or
+    as one of the "finishes", `tap(result, attn, hidden_states, ...)`, on its result.
 
     It stays while methods are attached and detached. The returned function removes the tap, and
     puts the stock processor back where nothing else is left. A second call does nothing.
@@ -308,30 +294,6 @@ def add_tap(
     Raises:
         ValueError: a processor that does not call `name`, or has parameters; a tap already on.
     """
-    return _add(module, name, "taps", tap, model)
-
-
-def add_finish(
-    module: Any, name: str, finish: Finish, *, model: nn.Module | None = None
-) -> Callable[[], None]:
-    """Put `finish(result, attn, hidden_states, ...)` on a processor's result, as `add_tap`
-    does."""
-    return _add(module, name, "finishes", finish, model)
-
-
-def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
-    """Return the processor to put on the module when the attention of `processor` goes: the stock
-    one, or a tapped one where taps are left."""
-    if not processor.taps and not processor.finishes:
-        return processor.stock
-    tapped = TappedProcessor(processor.stock, processor.name, model)
-    tapped.taps, tapped.finishes = processor.taps, processor.finishes
-    return tapped
-
-
-def _add(
-    module: Any, name: str, kind: str, added: Tap | Finish, model: nn.Module | None
-) -> Callable[[], None]:
     processor = module.processor
     if not isinstance(processor, BoundProcessor):
         processor = TappedProcessor(processor, name, model)
@@ -340,20 +302,23 @@ def _add(
             f"the processor of {type(module).__name__} is bound at {processor.name}, and not at "
             f"{name}; add the tap there"
         )
-    if any(one is added for one in getattr(processor, kind)):
-        raise ValueError(f"{added} is on this {type(module).__name__} already; remove it first")
-    setattr(processor, kind, (*getattr(processor, kind), added))
+    if any(one is tap for one in getattr(processor, kind)):
+        raise ValueError(f"{tap} is on this {type(module).__name__} already; remove it first")
+    setattr(processor, kind, (*getattr(processor, kind), tap))
     put_processor(module, processor)
-    return Removal(module, kind, added)
+    return Removal(module, kind, tap)
+
+
+def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
+    """Return the processor to put on the module when the attention of `processor` goes: the stock
+    one, or a tapped one where taps are left."""
+    if not processor.taps and not processor.finishes:
+        return processor.stock
+    return TappedProcessor(processor, processor.name, model)
 
 
 class Removal:
-    """Removes a tap or finish again. An object, since a closure would not be copied with the
-    model.
-
-    Args:
-        kind: "taps" or "finishes".
-    """
+    """Removes a tap or finish; an object, as a closure would not be copied with the model."""
 
     def __init__(self, module: Any, kind: str, added: Tap | Finish) -> None:
         self._module, self._kind, self._added = module, kind, added
@@ -369,7 +334,8 @@ class Removal:
             return
         left = tuple(one for one in getattr(processor, self._kind) if one is not self._added)
         setattr(processor, self._kind, left)
-        if isinstance(processor, TappedProcessor) and not processor.is_needed:
+        own = processor.taps or processor.finishes or processor._attend is not _as_stock
+        if isinstance(processor, TappedProcessor) and not own:
             put_processor(self._module, processor.stock)
 
 
@@ -415,7 +381,7 @@ _placed: WeakValueDictionary[int, SparseProcessor] = WeakValueDictionary()
 
 
 def processor_at(place: Tensor) -> SparseProcessor:
-    """The processor with this `place`."""
+    """Return the processor of a `place`."""
     return _placed[int(place)]
 
 
@@ -433,13 +399,20 @@ def _class(
     """Make a class of `kind` with the stock processor's code bound to ours. It has the stock
     signature, by which diffusers' `Attention` decides which arguments to pass on.
 
-    Args:
-        traced: of the first processor; graphs of torch.compile, which all of the class share, are
-            made with it.
-        also, poses: see `BoundProcessor`.
-    """
+    Graphs of torch.compile, which all of the class share, are made with `traced`."""
     run = _ProcessorRun()
-    function = _bound(stock.__call__, name, traced, run, also)
+    own: Any = stock.__call__
+    namespace = own.__globals__ | also
+    first, _, attribute = name.partition(".")
+    if attribute:
+        module = types.ModuleType(namespace[first].__name__)
+        vars(module).update(vars(namespace[first]))
+        bound = _bind(getattr(module, attribute), traced, run, heads_first=True)
+        setattr(module, attribute, bound)
+        namespace[first] = module
+    else:
+        namespace[first] = _bind(namespace[first], traced, run)
+    function = rebound(own, namespace)
 
     def call(self: Any, attn: object, *args: Any, **kwargs: Any) -> object:
         first = args[0] if args else kwargs["hidden_states"]
@@ -452,7 +425,7 @@ def _class(
             result = finish(result, attn, *args, **kwargs)
         return result
 
-    call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+    call.__signature__ = inspect.signature(own)  # pyright: ignore[reportFunctionMemberAccess]
     members = {"__call__": call, "__init__": _made_anew, "__module__": kind.__module__}
     members["unbound"] = kind
     if poses:
@@ -466,23 +439,6 @@ def _made_anew(self: object) -> None:
         "diffusers replaces the processors of this model to load its image prompts: detach first, "
         "or load them by gen_accel.load_image_prompt, which keeps what is attached"
     )
-
-
-def _bound(
-    stock: Any, name: str, traced: Traced, run: _ProcessorRun, also: Mapping[str, Any]
-) -> Callable:
-    """Return the stock call with one name of its globals rebound, and those of `also`."""
-    namespace = stock.__globals__ | also
-    first, _, attribute = name.partition(".")
-    if attribute:
-        module = types.ModuleType(namespace[first].__name__)
-        vars(module).update(vars(namespace[first]))
-        call = _bind(getattr(module, attribute), traced, run, heads_first=True)
-        setattr(module, attribute, call)
-        namespace[first] = module
-    else:
-        namespace[first] = _bind(namespace[first], traced, run)
-    return rebound(stock, namespace)
 
 
 def rebound(function: Any, namespace: dict[str, Any]) -> Callable:
@@ -501,23 +457,15 @@ def rebound(function: Any, namespace: dict[str, Any]) -> Callable:
 
 
 def _copied(code: types.CodeType) -> types.CodeType:
-    """Copy a code object with the functions in it. Where a graph breaks, torch.compile caches the
-    parts by the code object and refers to them by the globals."""
+    """Copy a code object with those in it, by which torch.compile caches parts of a graph."""
     parts = (_copied(x) if isinstance(x, types.CodeType) else x for x in code.co_consts)
     return code.replace(co_consts=tuple(parts))
 
 
 def _bind(
-    stock_call: Callable,
-    traced: Traced,
-    run: _ProcessorRun,
-    *,
-    heads_first: bool = False,
+    stock_call: Callable, traced: Traced, run: _ProcessorRun, *, heads_first: bool = False
 ) -> Callable:
-    """
-    Args:
-        heads_first: whether the call takes and gives (B, H, N, D).
-    """
+    """Make ours of an attention call, which takes and gives (B, H, N, D) if `heads_first`."""
 
     def attention_call(
         query: Tensor,
@@ -572,9 +520,8 @@ def _bind(
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         number, run.number = run.number, run.number + 1
         mask: Any = attn_mask  # a BlockMask is refused
-        call = Call(q, k, v, factor, stock, refused, mask, run.tokens, number, parallel)
-        if run.hidden_states is not None:
-            call = call._replace(hidden_states=run.hidden_states)
+        place, hidden = (run.tokens, number, parallel), run.hidden_states
+        call = Call(q, k, v, factor, stock, refused, mask, *place, hidden_states=hidden)
         processor = run.processor
         # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():

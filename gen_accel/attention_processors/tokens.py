@@ -67,7 +67,6 @@ class Samples(NamedTuple):
         rows: their places in the batch.
         video: the grid with their text, the padding left out.
         whole: whether they are all of it.
-        tokens: of the grid and their text.
         before: how many tokens of the text come before the grid.
         order: (b, n) int64, the places of their tokens, the grid's first. None where the text is
             the grid's last tokens, or has no padding.
@@ -76,7 +75,6 @@ class Samples(NamedTuple):
     rows: Sequence[int]
     video: VideoShape
     whole: bool
-    tokens: int
     before: int = 0
     order: Tensor | None = None
 
@@ -89,7 +87,7 @@ class Samples(NamedTuple):
         elif self.before:
             own = _moved(own, self.before, self.video.video_tokens)
         else:
-            own = own[:, : self.tokens]
+            own = own[:, : self.video.tokens]
         return own.transpose(1, 2)
 
     def back(self, out: Tensor, tokens: int) -> Tensor:
@@ -122,7 +120,7 @@ def by_text(
     """
     video, before = tokens.video, tokens.before
     if seen is None or all(len(places) == video.text for places in seen):
-        return [Samples(range(batch), video, True, video.tokens, before)]
+        return [Samples(range(batch), video, True, before)]
     groups = []
     kinds = [(len(places), _left(video.parts, places)) for places in seen]
     for length, parts in sorted({*kinds}):
@@ -133,7 +131,7 @@ def by_text(
         if before or any(places != tuple(range(length)) for places in own):
             order = _order(tokens, (*own,), device)
         whole = len(rows) == batch
-        groups.append(Samples(rows, short, whole, short.tokens, before, order))
+        groups.append(Samples(rows, short, whole, before, order))
     return groups
 
 

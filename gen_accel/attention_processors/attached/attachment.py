@@ -18,7 +18,6 @@ from gen_accel.attention_processors.attached.clock import (
     TRANSFORMERS,
     Clock,
     ForwardPass,
-    Reader,
     SchedulerOf,
     class_of,
     served_transformers,
@@ -39,6 +38,7 @@ from gen_accel.attention_processors.attached.step_state import (
     state_bytes,
 )
 from gen_accel.attention_processors.families import (
+    Family,
     SelfAttention,
     argument_names,
     by_name,
@@ -204,12 +204,7 @@ class Attachment(Shared):
                 found = site.module.processor
                 if isinstance(found, SparseProcessor):
                     replaced.append((found.owner, site.module))
-                bound = isinstance(found, BoundProcessor)
-                stock = found.stock if bound else found
-                processor = self._processor(name, transformer, site, stock, call)
-                if bound:
-                    processor.taps, processor.finishes = found.taps, found.finishes
-                self._sites.append((site.module, processor))
+                self._sites.append((site.module, self._processor(name, transformer, site, call)))
         self._note_changes()
         numbers = {layer.number for layer in self._layers.values()}
         self.schedule.check_layers(numbers)
@@ -231,8 +226,7 @@ class Attachment(Shared):
                 )
         for name, transformer in transformers.items():
             family, names = families[name], argument_names(type(transformer))
-            read = Reader(family, names, reads_texts=family.serves("lengths of texts"))
-            begin = partial(self._begin, read)
+            begin = partial(self._begin, family, names, family.serves("lengths of texts"))
             self._hooks[name] = [
                 transformer.register_forward_pre_hook(begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end),
@@ -246,7 +240,7 @@ class Attachment(Shared):
         return self.passing.clock
 
     def _processor(
-        self, name: str, transformer: "ModelMixin", site: SelfAttention, stock: object, call: str
+        self, name: str, transformer: "ModelMixin", site: SelfAttention, call: str
     ) -> SparseProcessor:
         if why := self.method.unfit(class_of(transformer), site.layer, site.heads):
             raise ValueError(why)
@@ -276,29 +270,25 @@ class Attachment(Shared):
             text_split=partial(self._splits_text, name),
         )
         alike, traced = (layer.is_dense, why, site.call), partial(attend_in_graph, layer)
-        if branch is None:
-            return SparseProcessor(stock, call, self, layer, alike, traced)
-        return TrainableProcessor(stock, call, self, layer, alike, traced, branch)
+        kind = SparseProcessor if branch is None else TrainableProcessor
+        return kind(site.module.processor, call, self, layer, alike, traced)
 
     def _count_padding_once(
         self, transformer: "ModelMixin", call: str, attend: PaddingOnce
     ) -> list[tuple[nn.Module, TappedProcessor]]:
-        """Bind the attentions beside the method's own, which are to text for the most part. On an
-        accelerator none, where each comparison would be waited for."""
+        """Bind the attentions beside the method's own, which are to text for the most part."""
         made = []
         if next(transformer.parameters()).device.type not in ("cpu", "meta"):
-            return made
+            return made  # where each comparison would be waited for
         for module in transformer.modules():
             found = getattr(module, "processor", None)
-            bound = isinstance(found, BoundProcessor)
-            stock = found.stock if bound else found
-            if isinstance(found, SparseProcessor) or not calls(stock, call):
+            if isinstance(found, BoundProcessor):
+                serves = found.name == call and not isinstance(found, SparseProcessor)
+            else:
+                serves = calls(found, call)
+            if not serves:
                 continue
-            if bound and found.name != call:
-                continue
-            processor = TappedProcessor(stock, call, transformer, attend)
-            if bound:
-                processor.taps, processor.finishes = found.taps, found.finishes
+            processor = TappedProcessor(found, call, transformer, attend)
             put_processor(module, processor)
             made.append((module, processor))
         return made
@@ -494,7 +484,15 @@ class Attachment(Shared):
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _begin(self, read: Reader, transformer: "ModelMixin", args: tuple, kwargs: dict) -> None:
+    def _begin(
+        self,
+        family: Family,
+        names: tuple[str, ...],
+        reads_texts: bool,
+        transformer: "ModelMixin",
+        args: tuple,
+        kwargs: dict,
+    ) -> None:
         """Prepare a forward pass of a transformer; a hook before each."""
         traced = torch.compiler.is_compiling()
         if self.is_paused:
@@ -502,8 +500,8 @@ class Attachment(Shared):
             return
         if not traced:
             self._warn_of_others()
-        given = by_name(read.names, args, kwargs)
-        self.passing.begin(read, transformer, given)
+        given = by_name(names, args, kwargs)
+        self.passing.begin(family, transformer, given, reads_texts=reads_texts)
         if not traced:
             self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
@@ -516,8 +514,8 @@ class Attachment(Shared):
             or (self._changes and self.clock.scheduler is not None)
         )
         if (recorded or needed) and self.passing.advance(
-            read.family.timestep(given),
-            rising=read.family.attention.rising,
+            family.timestep(given),
+            rising=family.attention.rising,
             schedule=self.schedule,
             needed=needed,
             fresh=not self._gathering,
@@ -530,8 +528,7 @@ class Attachment(Shared):
             self._begin_states(self.states, transformer, args, kwargs)
 
     def _check_grid(self) -> None:
-        """Raise ValueError for a method that does not fit, however many steps are dense before
-        it is to run."""
+        """Raise ValueError for a method that does not fit, even if it is to run much later."""
         video = None if self.clock.tokens is None else self.clock.tokens.video
         if video is None or video == self._fitting:
             return
@@ -551,8 +548,7 @@ class Attachment(Shared):
     def _begin_states(
         self, states: StepStates, transformer: "ModelMixin", args: tuple, kwargs: dict
     ) -> None:
-        """Tell the states of the method that a forward pass begins; ValueError, judged by the
-        first passes of a run, if they would not fit."""
+        """Tell the states that a pass begins; ValueError if they would not fit in memory."""
         fresh = states.begin(transformer, self.clock, learns=self.passing.learns)
         # The first tensor is the latents. They have a row for each sample, and lie on the device
         # that computes even if weights are still offloaded.

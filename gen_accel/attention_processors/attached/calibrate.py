@@ -7,12 +7,13 @@ well, and is measured.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from statistics import fmean, mode
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,48 +58,33 @@ def observe_dense(
     steps: int,
     seed: int,
     call: Mapping[str, object],
-) -> bool:
-    """Generate each prompt with dense attention, as far as the latents; whether `look` was called.
+) -> None:
+    """Generate each prompt with dense attention, as far as the latents.
 
     Args:
         look: gets each call that the method would have computed, and the number of the prompt. It
             may raise `StopObserving`.
-        seed: of the first prompt's noise; each further prompt takes the next.
+        seed: of the first prompt's noise, drawn on the CPU; each further prompt takes the next.
         call: further arguments of the pipeline.
     """
-    was_seen, current = False, 0
-
-    def observe(seen: Observed) -> None:
-        nonlocal was_seen
-        was_seen = True
-        look(seen, current)
-
-    handle.observe = observe
+    current = 0
+    handle.observe = lambda seen: look(seen, current)
     try:
         with suppress(StopObserving):
             for current, prompt in enumerate(prompts):
-                run_to_latents(pipe, prompt, steps, seed + current, call)
+                pipe(  # pyright: ignore[reportCallIssue]
+                    prompt=prompt,
+                    num_inference_steps=steps,
+                    generator=torch.Generator("cpu").manual_seed(seed + current),
+                    output_type="latent",
+                    **call,
+                )
     finally:
         handle.observe = None
-    return was_seen
-
-
-def run_to_latents(
-    pipe: "DiffusionPipeline", prompt: str, steps: int, seed: int, call: Mapping[str, object]
-) -> None:
-    """Run a pipeline on a prompt, without decoding. The noise is drawn on the CPU."""
-    pipe(  # pyright: ignore[reportCallIssue]
-        prompt=prompt,
-        num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-        **call,
-    )
 
 
 def check_not_compiled(pipe: "DiffusionPipeline", verb: str) -> None:
-    """Raise ValueError for a compiled model, in whose graphs nothing is observed; `verb` is to be
-    done first."""
+    """Raise ValueError for a compiled model, in whose graphs nothing is observed."""
     for name, transformer in served_transformers(pipe).items():
         if is_compiled(transformer):
             raise ValueError(f"{name} is compiled already: {verb} first, and compile then")
@@ -251,8 +237,8 @@ def calibrate(
     Raises:
         ValueError: nothing to fit: neither parameters nor a tile, no prompt, or no sparse step.
     """
-    handle, run = _checked(pipe, prompts), _Runs(num_inference_steps, seed, call)
-    tile = None
+    handle, tile = _checked(pipe, prompts), None
+    run = partial(observe_dense, steps=num_inference_steps, seed=seed, call=call)
     if handle.method.tile_tokens:
         errors = TileErrors(handle.method.tile_tokens)
         first: list[int] = []
@@ -263,7 +249,8 @@ def calibrate(
             first[:] = [handle.clock.step]
             errors.add_call(seen.layer.method, seen)
 
-        run.observe(handle, pipe, prompts[:1], try_boxes)
+        run(handle, pipe, prompts[:1], try_boxes)
+        _check_sparse(first, handle, num_inference_steps)
         tile = errors.fit()
         if tile is not None:
             handle.exchange(handle.method.tiled(tile.tile))
@@ -277,7 +264,8 @@ def calibrate(
         fold = prompt if len(prompts) > 1 else handle.clock.step
         sums.setdefault(name, LeastSquares(branch, dense.device)).add(o_s, o_l, dense, fold)
 
-    run.observe(handle, pipe, prompts, add)
+    run(handle, pipe, prompts, add)
+    _check_sparse(sums, handle, num_inference_steps)
     return Calibration(tuple(total.fit(name) for name, total in sums.items()), tile)
 
 
@@ -292,7 +280,7 @@ def measure_calibration(
     """Measure the errors of O_s alone and of the output with the branches as they are now, for
     example on prompts that the fit did not see. Arguments and errors are as in `calibrate`;
     nothing is changed."""
-    handle, run = _checked(pipe, prompts), _Runs(num_inference_steps, seed, call)
+    handle = _checked(pipe, prompts)
     if not handle.branches:
         raise ValueError(f"{handle.method} has no parameters whose errors could be measured")
     errors: RelativeErrors[tuple[str, str]] = RelativeErrors()
@@ -306,7 +294,9 @@ def measure_calibration(
         errors.add((name, "before"), o_s, dense)
         errors.add((name, "after"), branch(o_s, o_l), dense)
 
-    run.observe(handle, pipe, prompts, compare)
+    steps = num_inference_steps
+    observe_dense(handle, pipe, prompts, compare, steps=steps, seed=seed, call=call)
+    _check_sparse(samples, handle, steps)
     return Calibration(
         tuple(
             LayerFit(name, errors.of((name, "before")), errors.of((name, "after")), rows)
@@ -336,24 +326,13 @@ def _checked(pipe: "DiffusionPipeline", prompts: Sequence[str]) -> Attachment:
     return handle
 
 
-class _Runs(NamedTuple):
-    steps: int
-    seed: int
-    call: Mapping[str, object]
-
-    def observe(
-        self,
-        handle: Attachment,
-        pipe: "DiffusionPipeline",
-        prompts: Sequence[str],
-        look: Callable[[Observed, int], None],
-    ) -> None:
-        """Generate prompts densely; ValueError if no step is sparse."""
-        if not observe_dense(handle, pipe, prompts, look, **self._asdict()):
-            raise ValueError(
-                f"the schedule keeps all of {self.steps} steps dense, so that there is nothing to "
-                f"fit: {handle.schedule}"
-            )
+def _check_sparse(seen: Sized, handle: Attachment, steps: int) -> None:
+    """Raise ValueError if nothing was seen, as no step is sparse."""
+    if not seen:
+        raise ValueError(
+            f"the schedule keeps all of {steps} steps dense, so that there is nothing to fit: "
+            f"{handle.schedule}"
+        )
 
 
 def _parts(seen: Observed) -> tuple[Tensor, Tensor, LinearBranch]:

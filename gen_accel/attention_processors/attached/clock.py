@@ -3,7 +3,7 @@ texts and their masks."""
 
 import pickle
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 from weakref import ref
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import Family, Given
-from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.attention_processors.seam import Call, is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 
 if TYPE_CHECKING:
@@ -118,8 +118,9 @@ class Clock:
         scheduler = self.scheduler()
         new = scheduler.timesteps is not self._timesteps  # a new list for each run
         if new:
-            self._timesteps, self._begin = scheduler.timesteps, _begin(scheduler, timestep)
-            self._timestep = None
+            self._timesteps, self._timestep = scheduler.timesteps, None
+            begin = getattr(scheduler, "begin_index", None)  # Wan's video-to-video sets none
+            self._begin = _place(scheduler, timestep) if begin is None else begin
         self.step = _taken(scheduler, timestep, self._begin)
         self.steps = len(scheduler.timesteps) - self._begin
         self.lost = self._stands_still(scheduler, timestep)
@@ -127,10 +128,9 @@ class Clock:
         return new
 
     def _stands_still(self, scheduler: "ConfigMixin", timestep: Tensor) -> bool:
-        """Whether another scheduler steps: the timestep moves and is not in this scheduler's list,
-        and this one has begun no step or taken all."""
+        """Whether another scheduler steps: the timestep moves and is not in this one's list."""
         index = getattr(scheduler, "step_index", None)
-        if index is not None and index < len(scheduler.timesteps):
+        if index is not None and index < len(scheduler.timesteps):  # a step has begun
             self._timestep = None
             return False
         before, self._timestep = self._timestep, timestep.max().item()
@@ -167,13 +167,6 @@ def noise_levels(scheduler: "ConfigMixin", steps: int) -> tuple[float, ...]:
     return tuple(levels)
 
 
-def _begin(scheduler: "ConfigMixin", timestep: Tensor) -> int:
-    """Index in the scheduler's timesteps at which a run begins. Wan's video-to-video pipeline does
-    not give it."""
-    begin = getattr(scheduler, "begin_index", None)
-    return _place(scheduler, timestep) if begin is None else begin
-
-
 def _taken(scheduler: "ConfigMixin", timestep: Tensor, begin: int) -> int:
     """Number of steps of a run so far."""
     if hasattr(scheduler, "step_index"):
@@ -187,8 +180,7 @@ def _taken(scheduler: "ConfigMixin", timestep: Tensor, begin: int) -> int:
 
 
 def _mean_place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
-    """Index of `timestep` among the scheduler's. Where each frame has its own, the mean over the
-    first sample's frames that are still noisy."""
+    """Index of `timestep`, or the mean over the first sample's frames that are still noisy."""
     timesteps = scheduler.timesteps
     if timestep.ndim < 2 or timesteps.ndim > 1:
         return _place(scheduler, timestep)
@@ -202,14 +194,6 @@ def _place(scheduler: "ConfigMixin", timestep: Tensor) -> int:
     timesteps = scheduler.timesteps
     found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
     return int(found[0]) if len(found) else 0
-
-
-class Reader(NamedTuple):
-    """Reads the arguments of a model's forward passes."""
-
-    family: Family
-    names: tuple[str, ...]
-    reads_texts: bool
 
 
 # Facts of a pass that its blocks read, of the clock and of the pass itself. Counters, from which
@@ -252,24 +236,26 @@ class ForwardPass:
         self.masks_alike = masks_alike
         self._read: tuple[ref, tuple, Seen | None] | None = None
 
-    def begin(self, read: Reader, transformer: nn.Module, given: Given) -> None:
+    def begin(
+        self, family: Family, transformer: nn.Module, given: Given, *, reads_texts: bool
+    ) -> None:
         """Read the grid, and for graphs the lengths of the texts, from a call's arguments."""
         traced = torch.compiler.is_compiling()
         if not traced:
             self.seen_passes += 1
         self._read, self.refusal, self.is_one_graph = None, None, traced
-        self.own = read.family.stays_dense(transformer, given)
+        self.own = family.stays_dense(transformer, given)
         try:
-            held = None if self.own is not None else read.family.tokens(transformer, given)
+            held = None if self.own is not None else family.tokens(transformer, given)
             self.clock.tokens = held
         except ValueError as error:
             self.clock.tokens, self.refusal = None, error
         self.knows_grid = self.clock.tokens is not None
         self.clock.texts = None
-        if not read.reads_texts or not self.knows_grid:
+        if not reads_texts or not self.knows_grid:
             return
-        if traced or is_compiled(transformer) or read.family.attention.masks == "pairs":
-            self._read_texts(read.family, transformer, given)
+        if traced or is_compiled(transformer) or family.attention.masks == "pairs":
+            self._read_texts(family, transformer, given)
 
     @torch.compiler.disable(
         reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
@@ -340,21 +326,18 @@ class ForwardPass:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(back)
 
-    def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
-        """Return which tokens beside the grid each sample sees; ValueError for a mask that hides
-        others. Most models give all layers one mask, which is read once, as this waits for the
-        device.
-
-        Args:
-            layer: its name, for the error.
-            mask: as attention calls take it.
-            q: (B, N, H, D).
-        """
+    def seen(self, layer: str, call: Call, tokens: Tokens) -> Sequence[Sequence[int]] | None:
+        """Return which tokens beside the grid each sample sees in a call of `layer`, None for all;
+        ValueError for a mask that hides others. Most models give all layers one mask, which is
+        read once, as this waits for the device."""
+        mask = call.mask
+        if mask is None:
+            return None
         if self.clock.texts is not None:
             return tuple(range(n) for n in self.clock.texts)
         key, read = (tokens, mask.shape, mask.dtype), self._read
         if read is None or read[1] != key or not (self.masks_alike or read[0]() is mask):
-            read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
+            read = ref(mask), key, seen_text(mask, tokens.complete(call.q), tokens)
             self._read = read
         seen = read[2]
         if seen is None:

@@ -67,12 +67,13 @@ def attend_in_graph(layer: Layer, processor: SparseProcessor, call: Call) -> Ten
     if branch is not None and not layer.is_gated:
         parameters = list(branch.parameters())
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
+    at = [call.number, call.tokens, *heads]
     q, k, v = kernels.as_autocast(call.q, call.k, call.v)
     device = q.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    where = processor.place, parameters, call.scale, call.number, call.tokens, heads
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parameters))
-    return _attend(q, k, v, call.mask, *where, _grid(handle), autocast, trains)
+    where = processor.place, parameters, call.scale, at, _grid(handle)
+    return _attend(q, k, v, call.mask, *where, autocast, trains)
 
 
 def _grid(handle: Shared) -> list[int]:
@@ -95,29 +96,24 @@ def _forward(
     place: Tensor,
     parameters: list[Tensor],
     scale: float,
-    number: int,
-    tokens: int,
-    heads: list[int],
+    at: list[int],
     grid: list[int],
     autocast: torch.dtype | None,
     trains: bool,
 ) -> Tensor:
-    """Compute (B, N, H, D) from q, k, v of that shape.
+    """Compute (B, N, H, D) from q, k, v of that shape. Other arguments are as in `Call`.
 
     Args:
-        mask: of the call.
-        place: of the processor.
         parameters: of the layer, so that they get gradients; of a layer with a gate what it
             gives, (B, N, H, D), if it is used.
-        scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
+        at: `number` and `tokens` of the call, and the first and the end of some heads.
         grid: see `_grid`.
         autocast: its dtype while the graph was traced; None if it was off. Operators run
             without it.
-        trains: whether a gradient will be asked for.
     """
     layer = processor_at(place).layer
     gate = parameters[0] if layer.is_gated and parameters else None
-    call = _call(q, k, v, mask, scale, number, tokens, heads)._replace(trains=trains, gate=gate)
+    call = _call(q, k, v, mask, scale, at)._replace(trains=trains, gate=gate)
     with _as_traced(q, autocast):
         out = _run(layer, call, grid, recorded=True).contiguous()
     given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
@@ -135,11 +131,11 @@ def _backward(
     *rest: Any,
 ) -> list[Tensor]:
     """Compute the gradients of q, k, v and the parameters; arguments as in `_forward`."""
-    scale, number, tokens, heads, grid, autocast, _ = rest
+    scale, at, grid, autocast, _ = rest
     with _autograd(), _as_traced(q, autocast):
         q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         layer = processor_at(place).layer
-        call, trained = _call(q, k, v, mask, scale, number, tokens, heads), []
+        call, trained = _call(q, k, v, mask, scale, at), []
         if layer.is_gated:
             trained = [x.detach().requires_grad_() for x in parameters]
             call = call._replace(gate=trained[0] if trained else None)
@@ -194,18 +190,16 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    number: int,
-    tokens: int,
-    heads: list[int],
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, at: list[int]
 ) -> Call:
     """Return the call as the processor made it."""
+
+    def stock() -> Tensor:
+        raise AssertionError("in a graph the model's own attention is none of the operator's")
+
+    number, tokens, *heads = at
     some = slice(*heads) if heads else None
-    return Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
+    return Call(q, k, v, scale, stock, [], mask, tokens, number, heads=some)
 
 
 def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
@@ -235,10 +229,6 @@ def _run(layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor
     # One graph tells no step from another.
     with layer.recording(call.q, state, recorded and handle.record and not grid) as record:
         return layer.compute(call, tokens, why, state, record)
-
-
-def _no_stock() -> Tensor:
-    raise AssertionError("in a graph the model's own attention is none of the operator's")
 
 
 def _as_traced(q: Tensor, autocast: torch.dtype | None) -> torch.autocast:

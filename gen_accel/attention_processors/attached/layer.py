@@ -30,11 +30,6 @@ from gen_accel.method import Method, Step, check_method, is_silent
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-# plan, its grid, the denoising step from 0, and how many there are if that is known
-Adjust = Callable[[Plan, VideoShape, int, int | None], Plan]
-# attend(q, k, v, video), then q, k, v, video: (B, H, N, D) in and out
-Around = Callable[..., Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class AttentionExtension:
@@ -43,9 +38,10 @@ class AttentionExtension:
 
     Args:
         trained: frames after patchify; nothing is changed on a grid that is not longer.
-        adjust: returns the plan to use instead. Called for every plan, in graphs of torch.compile
-            too.
-        around: computes an attention by calling `attend` on grids of its own choice.
+        adjust: returns the plan to use instead, of a plan, its grid, the denoising step from 0,
+            and how many there are if that is known. Called in graphs of torch.compile too.
+        around: computes an attention, (B, H, N, D), of `attend(q, k, v, video)`, q, k, v and
+            video, by calling `attend` on grids of its own choice.
         needs_step: `adjust` differs from step to step, so that it cannot run in a graph.
         whole: `around` takes all samples of the batch at once, with the padding of their texts;
             see `MethodRun.texts`.
@@ -53,8 +49,8 @@ class AttentionExtension:
 
     name: str
     trained: int
-    adjust: Adjust | None = None
-    around: Around | None = None
+    adjust: Callable[[Plan, VideoShape, int, int | None], Plan] | None = None
+    around: Callable[..., Tensor] | None = None
     needs_step: bool = False
     whole: bool = False
 
@@ -64,20 +60,6 @@ def active(
 ) -> list[AttentionExtension]:
     """List the extensions that change something on a grid."""
     return [one for one in extensions if video.frames > one.trained]
-
-
-def adjusted(
-    plan: Plan,
-    extensions: Sequence[AttentionExtension],
-    video: VideoShape,
-    step: int,
-    steps: int | None,
-) -> Plan:
-    """Adjust a plan by all active extensions, one after the other."""
-    for extension in active(extensions, video):
-        if extension.adjust is not None:
-            plan = extension.adjust(plan, video, step, steps)
-    return plan
 
 
 def no_graph(extension: AttentionExtension) -> str:
@@ -237,7 +219,7 @@ class Layer:
         run = MethodRun(self, call, tokens, why, state)
         q = call.q if call.q.shape[1] == call.k.shape[1] else tokens.complete(call.q)
         gate = None if call.gate is None or why is not None else _completed(call, tokens)
-        seen, outs = self.seen(call, tokens), []
+        seen, outs = self.handle.passing.seen(self.name, call, tokens), []
         if any(one.whole for one in extensions):
             run.texts, seen = seen, None
         groups = by_text(tokens, len(call.q), seen, call.q.device)
@@ -251,7 +233,7 @@ class Layer:
                     attend = partial(extension.around, attend)
             if attend is run:
                 own = None if gate is None else some.of(gate)
-                out = run.on(some.video, own)(*part)
+                out = run(*part, some.video, own)
             elif gate is None:
                 out = attend(*part, some.video)
             else:
@@ -371,14 +353,9 @@ class Layer:
             "attach Dense() or detach for this model"
         )
 
-    def seen(self, call: Call, tokens: Tokens) -> Sequence[Sequence[int]] | None:
-        """Return which tokens beside the grid each sample sees; None for all."""
-        if call.mask is None:
-            return None
-        return self.handle.passing.seen(self.name, call.mask, call.q, tokens)
-
     def by_text(self, call: Call, tokens: Tokens) -> Sequence[Samples]:
-        return by_text(tokens, len(call.q), self.seen(call, tokens), call.q.device)
+        seen = self.handle.passing.seen(self.name, call, tokens)
+        return by_text(tokens, len(call.q), seen, call.q.device)
 
     def over_processes(
         self, call: Call, tokens: Tokens, attend: Callable[[Call], Tensor]
@@ -430,7 +407,7 @@ class Layer:
         run = MethodRun(self, call, tokens, None, None)
         for video, part in self._dense_parts(call, tokens, out):
             method = run.method_on(video)
-            kernel = run.runner(method, video, counted=False)
+            kernel = PlanRunner(run, method, video, counted=False)
             state.learn(method, *part, video=video, kernel=kernel)
 
     def observed(self, call: Call, tokens: Tokens, observe: "Observer") -> Tensor:
@@ -455,7 +432,8 @@ class MethodRun:
     """One call of a layer's method, or of full attention in its place, with what ran: the
     kernels, and the plans with the number of heads of each.
 
-    Called with q, k, v, (B, H, N, D), and their grid, it returns (B, H, N, D).
+    Called with q, k, v, (B, H, N, D), their grid, and the gate of a method that has one, of that
+    shape too, it returns (B, H, N, D).
 
     Attributes:
         keys: number that each query could see, where a technique adds some; None: the call's.
@@ -491,25 +469,18 @@ class MethodRun:
         self.choices: list[kernels.Choice] = []
         self.plans: list[tuple[Plan, int]] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
-        return self.on(video)(q, k, v)
-
-    def on(
-        self, video: VideoShape, gate: Tensor | None = None
-    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Return the method of this call on a grid, with all but q, k and v given.
-
-        Args:
-            gate: (B, H, N, D), of a method that has one.
-        """
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, gate: Tensor | None = None
+    ) -> Tensor:
         method = self.method_on(video)
         if self.state is not None:
-            return partial(self.state.attend, method, video=video, runner=self.runner)
-        kernel = self.runner(self.layer.method if self.full is None else self.full, video)
+            runner = partial(PlanRunner, self)
+            return self.state.attend(method, q, k, v, video=video, runner=runner)
+        kernel = PlanRunner(self, self.layer.method if self.full is None else self.full, video)
         given: dict[str, object] = {} if self.branch is None else {"branch": self.branch}
         if gate is not None:
             given["gate"] = gate
-        return partial(method, video=video, kernel=kernel, **given)
+        return method(q, k, v, video=video, kernel=kernel, **given)
 
     def method_on(self, video: VideoShape) -> Method:
         """Return the method at the step under way, fitted to the smaller grids on the levels of a
@@ -520,15 +491,14 @@ class MethodRun:
             method = method.within(video, tokens.video)
         return method if self.call.heads is None else method.for_heads(self.call.heads)
 
-    def runner(self, method: Method, video: VideoShape, *, counted: bool = True) -> "PlanRunner":
-        """Runner of a method's plans over a grid that may be part of the call's own."""
-        return PlanRunner(self, method, video, counted)
-
 
 class PlanRunner(kernels.Runner):
-    """Runs the plans of a method in a call, as techniques for longer video change them."""
+    """Runs the plans of a method in a call, as techniques for longer video change them, over a
+    grid that may be part of the call's own."""
 
-    def __init__(self, run: MethodRun, method: Method, video: VideoShape, counted: bool) -> None:
+    def __init__(
+        self, run: MethodRun, method: Method, video: VideoShape, counted: bool = True
+    ) -> None:
         self.name = run.dense_by if method.is_dense else run.handle.kernel
         self.scale = run.call.scale
         self._run, self._method, self._video, self._counted = run, method, video, counted
@@ -543,9 +513,10 @@ class PlanRunner(kernels.Runner):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         run, handle = self._run, self._run.handle
-        if handle.extensions:
-            clock = handle.passing.clock
-            plan = adjusted(plan, handle.extensions, self._video, clock.step, clock.steps)
+        clock = handle.passing.clock
+        for extension in active(handle.extensions, self._video):
+            if extension.adjust is not None:
+                plan = extension.adjust(plan, self._video, clock.step, clock.steps)
         if run.tokens.past and self._video.frames == run.tokens.video.frames:
             plan = asked(plan, run.tokens)
         # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
@@ -597,12 +568,11 @@ _known_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _rows(plan: Plan, tokens: Tokens) -> tuple[Tensor, float]:
-    """Return which blocks of a plan hold tokens that are queries, (Kq,) bool, and the share of
-    queries among their tokens. Waits for the device once for each layout."""
+    """Blocks that hold queries, (Kq,) bool, and the share of queries among their tokens."""
     known = _known_rows.get(plan.slots)
     if known is None:
         known = _known_rows[plan.slots] = {}
-    if (plan.block_q, tokens) not in known:
+    if (plan.block_q, tokens) not in known:  # waits for the device
         with torch.inference_mode(False):
             slots = plan.slots
             real = (slots >= 0).view(-1, plan.block_q)
@@ -684,8 +654,7 @@ def gated(call: Call, gate: nn.Module) -> Call:
 
 
 def _completed(call: Call, tokens: Tokens) -> Tensor:
-    """Pad the gate of a call to all its tokens, where the model's hidden states are of the grid,
-    or of the grid and what comes before or after it. All other tokens have a gate of zero."""
+    """Pad the gate of a call, of the grid and maybe its neighbours, to all tokens by zeros."""
     gate, k = call.gate, call.k.shape[1]
     assert gate is not None
     own, seen = gate.shape[1], tokens.before + tokens.video.video_tokens

@@ -215,13 +215,13 @@ def check_base(recipe: Recipe, transformer: "ModelMixin", what: str = "the LoRA"
 
 def recipes_of(transformer: "ModelMixin") -> dict[str, Recipe]:
     """Map the name of each active adapter that was trained here to its recipe."""
-    adapted = hasattr(transformer, "active_adapters")  # not all classes load LoRAs themselves
-    configs = getattr(transformer, "peft_config", None) if adapted else None
-    configs = configs or {}
+    configs = getattr(transformer, "peft_config", None)
+    if not configs or not hasattr(transformer, "active_adapters"):  # not all classes load LoRAs
+        return {}
     try:
-        active = set(transformer.active_adapters()) if configs else set()
+        active = transformer.active_adapters()
     except ValueError:  # all are switched off
-        active = set()
+        return {}
     found = {}
     for name, config in configs.items():
         data = (getattr(config, "auto_mapping", None) or {}).get(KEY)

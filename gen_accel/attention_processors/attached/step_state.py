@@ -6,6 +6,7 @@ may skip passes: age counts steps, not passes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class CachedState(NamedTuple):
     parts: list[CallSlice]
 
 
+@dataclass(eq=False)
 class StateHandle:
     """State of one call of a layer, while the call runs.
 
@@ -48,19 +50,15 @@ class StateHandle:
         learns: dense attention runs in it, from which it learns.
         why: the reason why it is dense against the schedule; None if it need not be.
         first: parts that the first pass of the step learned.
+        parts: those of this call so far.
     """
 
-    def __init__(
-        self,
-        kept: CachedState | None,
-        about: CallFacts,
-        *,
-        learns: bool,
-        why: str | None,
-        first: list[CallSlice],
-    ) -> None:
-        self.kept, self.about, self.learns, self.why, self.first = kept, about, learns, why, first
-        self.parts: list[CallSlice] = []
+    kept: CachedState | None
+    about: CallFacts
+    learns: bool
+    why: str | None
+    first: list[CallSlice] = field(default_factory=list)
+    parts: list[CallSlice] = field(default_factory=list)
 
     def attend(
         self,
@@ -177,7 +175,7 @@ class StepStates:
         """
         if self._pass >= MOST_PASSES:
             why = f"more than {MOST_PASSES} passes in a step"
-            return None if dense else StateHandle(None, about, learns=False, why=why, first=[])
+            return None if dense else StateHandle(None, about, False, why)
         kept = self._kept.get((self._model, self._pass), {}).get(layer)
         why = None
         if not dense:
@@ -190,7 +188,7 @@ class StepStates:
         learns = dense or (why is not None and not self._is_last)
         first = self._kept.get((self._model, 0), {}).get(layer) if learns and self._pass else None
         parts = first.parts if first is not None and first.step == self._step else []
-        return StateHandle(None if learns else kept, about, learns=learns, why=why, first=parts)
+        return StateHandle(None if learns else kept, about, learns, why, parts)
 
     def keep(self, layer: str, call: StateHandle) -> None:
         """Keep what a call used and learned, once it has succeeded."""
@@ -209,12 +207,11 @@ class StateBytes(NamedTuple):
     host: int
 
 
-# The method of a layer, its heads and the dim of one.
-Sites = Sequence[tuple[Method, int, int]]
-
-
-def state_bytes(sites: Sites, batch: int, tokens: int, itemsize: int) -> StateBytes:
-    """Bytes that all layers keep of one pass, `itemsize` for each number of their outputs."""
+def state_bytes(
+    sites: Sequence[tuple[Method, int, int]], batch: int, tokens: int, itemsize: int
+) -> StateBytes:
+    """Bytes that all layers keep of one pass, `itemsize` for each number of their outputs. A site
+    is the method of a layer, its heads and the dim of one."""
     device = host = 0
     for method, heads, dim in sites:
         state, shape = method.step_state(), (batch, heads, tokens, dim)

@@ -20,10 +20,7 @@ from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.attached.layer import is_offloaded
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.registry import (
-    method_of_file,
-    saved_options,
-)
+from gen_accel.attention_processors.methods.registry import method_of_file, saved_options
 from gen_accel.io import (
     check_finite,
     fields_of,
@@ -56,24 +53,6 @@ class Saved:
     kernel: str
     dense_kernel: str | None
     tensors: Mapping[str, Tensor]
-
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        held = {name: x.cpu() for name, x in self.tensors.items()}
-        about = {
-            "version": VERSION,
-            "method": method_name(self.method),
-            "options": saved_options(self.method),
-            "schedule": asdict(self.schedule),
-            "kernel": self.kernel,
-            "dense_kernel": self.dense_kernel,
-            "sha256": tensors_sha256(held),
-        }
-        check_finite(held, f"what is attached, for {path.parent},")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_tensors(held, partial, {KEY: json.dumps(about)})
-            flush(partial)
 
     @classmethod
     def read(cls, folder: str | Path) -> "Saved":
@@ -131,9 +110,23 @@ def save_processors(
     if not isinstance(handle, Attachment):
         handle = attachment_of(handle)
     held = _parameters(handle) if tensors is None else _by_name(tensors)
-    saved = Saved(handle.method, handle.schedule, handle.kernel, handle.dense_kernel, held)
-    saved.write(Path(folder) / FILE)
-    return Path(folder)
+    held = {name: x.cpu() for name, x in held.items()}
+    about = {
+        "version": VERSION,
+        "method": method_name(handle.method),
+        "options": saved_options(handle.method),
+        "schedule": asdict(handle.schedule),
+        "kernel": handle.kernel,
+        "dense_kernel": handle.dense_kernel,
+        "sha256": tensors_sha256(held),
+    }
+    folder = Path(folder)
+    check_finite(held, f"what is attached, for {folder},")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / FILE) as partial:
+        save_tensors(held, partial, {KEY: json.dumps(about)})
+        flush(partial)
+    return folder
 
 
 def load_processors(
@@ -204,8 +197,7 @@ def _check_fit(
     tensors: Mapping[str, Tensor],
     path: Path,
 ) -> None:
-    """Refuse parameters that do not fit, before anything is attached: another attachment may be
-    on."""
+    """Refuse parameters that do not fit, before another attachment is taken off."""
     wanted, possible = {}, {}
     for part, transformer in served_transformers(pipe_or_transformer).items():
         for site in family_of(transformer).self_attentions(transformer):

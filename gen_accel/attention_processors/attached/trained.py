@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import KEPT, served_transformers
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.families.sites import SelfAttention
 from gen_accel.method import Method
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
@@ -114,7 +113,8 @@ def keep_trained(
         what = PARTS[kind].what
         if site is None:
             raise ValueError(f"{origin} holds {shown(key)}, {what} of no attention of {name}")
-        wanted = _shape(kind, site)[: 2 if part == "weight" else 1]
+        inner = (site.dim, site.dim) if kind == LINEAR else (site.heads * site.dim, site.width)
+        wanted = inner[: 2 if part == "weight" else 1]
         if x.shape != wanted:
             raise ValueError(
                 f"{shown(key)} of {origin} must be {wanted} for {name}, got {tuple(x.shape)}"
@@ -129,10 +129,6 @@ def keep_trained(
         raise ValueError(f"{origin} lacks the weights of {named(lacking)}, beside their biases")
     kept = Trained(str(origin), kinds.pop(), found) if found else None
     setattr(transformer, KEPT, kept)
-
-
-def _shape(kind: str, site: SelfAttention) -> tuple[int, int]:
-    return (site.dim, site.dim) if kind == LINEAR else (site.heads * site.dim, site.width)
 
 
 def load_trained(pipe: "DiffusionPipeline", model: str | Path) -> int:

@@ -28,7 +28,7 @@ from gen_accel.attention_processors.families.sites import (
     prefix_lengths,
     without_text,
 )
-from gen_accel.attention_processors.seam import Call, add_finish
+from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
@@ -319,7 +319,8 @@ class Flux(FluxBlocks):
         self, transformer: nn.Module, site: ImageAttention, add: ImageBranch
     ) -> Callable[[], None]:
         finish = partial(_third, add)
-        return add_finish(site.module, self.attention.call, finish, model=transformer)
+        call = self.attention.call
+        return add_tap(site.module, call, finish, model=transformer, kind="finishes")
 
 
 def _third(

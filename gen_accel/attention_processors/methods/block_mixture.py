@@ -216,8 +216,7 @@ class BlockMixture(Method):
         layout: "ChunkLayout",
         kernel: str,
     ) -> tuple[Tensor, Tensor]:
-        """Pick chunks and, last, the text for each row of q, queries or their means: (B, H, R, C +
-        1) bool, and (B, H, R / block, C + 1), the picks of any row of so many places."""
+        """Picks of each row, (B, H, R, C + 1) with text last, and of any of `block` rows."""
         B, H, C, _ = means.shape
         topk = min(self.topk[layout.partition], C)
         dense = self.threshold == 1 if self.select == "threshold" else topk == C
@@ -423,8 +422,7 @@ def pick(
 
 
 def _by(scores: Tensor, at_home: Tensor, rule: PickRule) -> tuple[Tensor, Tensor]:
-    """Return sort keys of the scores, which are overwritten, and how much weight each scope leaves
-    out. The keys are the bits of the weights."""
+    """Sort keys, the bits of weights in the place of scores, and what each scope leaves out."""
     low, high = _together(scores, rule.scope).aminmax(dim=-1, keepdim=True)
     low, high = (_apart(x, scores, rule.scope) for x in (low, high))
     weight = scores.sub_(low).div_(high - low).nan_to_num_(1.0)  # 1 where all scores are equal

@@ -6,7 +6,6 @@ ragged ends.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -265,39 +264,26 @@ def tokens_of_tile(video: VideoShape, most: int) -> int:
 def full_tiles(video: VideoShape, tokens: int, in_a_row: int) -> FullTiles:
     """Lay out a video in tiles of so many tokens, as `tokens_of_tile` gives them, of which
     `in_a_row` at one place of neighbouring frames make a query block."""
-    counts = _counts(video, tokens)
-    T, block_q = sum(counts), in_a_row * tokens
+    size = video.height * video.width
+    T, block_q = -(-size // tokens), in_a_row * tokens
+    # Bands of rows, so that tiles are as even-sided as may be.
+    bands = max(1, min(T, video.height, round((T * video.height / video.width) ** 0.5)))
+    counts = [T * (i + 1) // bands - T * i // bands for i in range(bands)]
     # Frames run forth and back from tile to tile.
     frame = torch.arange(video.frames).expand(T, -1).clone()
     frame[1::2] = frame[1::2].flip(1)
     frame, tile = frame.flatten(), torch.arange(T).repeat_interleave(video.frames)
 
-    held = _tokens_of_tiles(video, counts, tokens)[tile]
-    held = torch.where(held < 0, -1, held + (frame * video.height * video.width)[:, None])
+    # A band holds the next tokens of the raster, and a tile the next of its band, by columns.
+    place = torch.arange(size)
+    band = torch.bucketize(place, torch.tensor(counts).cumsum(0) * tokens, right=True)
+    row, column = place // video.width, place % video.width
+    order = ((band * video.width + column) * video.height + row).argsort()
+    held = _padded(order, T * tokens).view(-1, tokens)[tile]
+    held = torch.where(held < 0, -1, held + (frame * size)[:, None])
     text = torch.arange(video.video_tokens, video.tokens)
     parts = [_padded(x, block_q) for x in (held.flatten(), text)]
     return FullTiles(torch.cat(parts), counts, frame, tile, block_q, tokens)
-
-
-def _counts(video: VideoShape, tokens: int) -> list[int]:
-    """Tiles in each band of rows, so that tiles are as even-sided as may be."""
-    tiles = -(-video.height * video.width // tokens)
-    even = round((tiles * video.height / video.width) ** 0.5)
-    bands = max(1, min(tiles, video.height, even))
-    return [tiles * (i + 1) // bands - tiles * i // bands for i in range(bands)]
-
-
-def _tokens_of_tiles(video: VideoShape, counts: Sequence[int], tokens: int) -> Tensor:
-    """(T, tokens) int64, the tokens of each tile of the first frame, then -1 in the last one.
-
-    A band holds the next tokens of the raster, and a tile the next of its band, column by column.
-    """
-    place = torch.arange(video.height * video.width)
-    ends = torch.tensor(counts).cumsum(0) * tokens
-    band = torch.bucketize(place, ends, right=True)
-    row, column = place // video.width, place % video.width
-    order = ((band * video.width + column) * video.height + row).argsort()
-    return _padded(order, sum(counts) * tokens).view(-1, tokens)
 
 
 def _padded(tokens: Tensor, multiple: int) -> Tensor:

@@ -310,8 +310,7 @@ def _launches(
     video: VideoShape,
     kernel: RunPlan,
 ) -> list[Launch]:
-    """Plan each group, and join the plans that share a layout. Dense heads take the layout of the
-    first plan of whole blocks, with all blocks kept."""
+    """Plan each group, and join plans that share a layout. Dense heads join the first of them."""
     launches: list[Launch] = []
     shared: list[list[tuple[tuple[int, ...], Plan]]] = []
     dense: tuple[int, ...] = ()
@@ -343,8 +342,7 @@ def _launches(
 def _plan_of_call(
     method: Method, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, kernel: RunPlan
 ) -> Plan | None:
-    """Plan that a method runs, for a method that returns what the kernel does, as it is; None for
-    another."""
+    """Plan that a method runs; None unless it returns what the kernel does, as it is."""
     found: list[Plan] = []
     # Of no memory: a method that reads it is one that runs by itself.
     stand_in = q.new_zeros(()).expand(q.shape)

@@ -106,16 +106,13 @@ class Neighborhood(Method):
     def within(self, video: VideoShape, whole: VideoShape) -> "Neighborhood":
         """Return the method with the whole of each axis that is shorter in `video` than in
         `whole`, and shorter than `window` x `dilation`."""
-        window, stride, dilation = [*self.window], [*self.stride], [*self.dilation]
-        for i, (size, most) in enumerate(zip(video.grid, whole.grid, strict=True)):
-            if size < most and window[i] * dilation[i] > size:
-                window[i], stride[i], dilation[i] = -1, 1, 1
-        return replace(
-            self,
-            window=(window[0], window[1], window[2]),
-            stride=(stride[0], stride[1], stride[2]),
-            dilation=(dilation[0], dilation[1], dilation[2]),
-        )
+        axes = zip(self.window, self.stride, self.dilation, strict=True)
+        kept = [
+            (-1, 1, 1) if size < most and axis[0] * axis[2] > size else axis
+            for size, most, axis in zip(video.grid, whole.grid, axes, strict=True)
+        ]
+        window, stride, dilation = zip(*kept, strict=True)
+        return replace(self, window=window, stride=stride, dilation=dilation)
 
     def by_axis(self, video: VideoShape) -> Iterator[tuple[str, int, int, int, int, bool]]:
         """Yield for each axis its name, the video's size, window, stride, dilation and
@@ -156,8 +153,7 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
 def _slots(
     video: VideoShape, tile_q: Axes, tile_k: Axes, block_k: int, orders: Sequence[Tensor]
 ) -> Tensor:
-    """Lay out a video cut into query tiles and these into key tiles, each padded to a key block,
-    with text in query blocks of its own and the indices of each axis in its order."""
+    """Lay out query tiles cut into key tiles, each padded to a key block, and text after them."""
     counts = [-(-size // step) for size, step in zip(video.grid, tile_q, strict=True)]
     padded = torch.full([n * t for n, t in zip(counts, tile_q, strict=True)], -1)
     tokens = torch.arange(video.video_tokens).view(video.grid)
@@ -264,7 +260,9 @@ def _tiles(axes: Sequence[_Axis], *, gpu: bool) -> tuple[Axes, Axes]:
         return (MASKED * computed - (MASKED - 1) * whole) * (1 + FETCH / math.prod(tile_q))
 
     tiles: list[tuple[Axes, Axes]] = []
-    for tile in product(*map(_sides, sizes)):
+    # Sides that cut an axis as evenly as possible.
+    sides = (sorted({-(-size // n) for n in range(1, size + 1)}) for size in sizes)
+    for tile in product(*sides):
         tokens, rows = math.prod(tile), []
         if gpu and _power(tokens) == block_k:
             rows = [(axis, 2 if volume > TILE_K else 1) for axis in range(3)]
@@ -281,8 +279,3 @@ def _tiles(axes: Sequence[_Axis], *, gpu: bool) -> tuple[Axes, Axes]:
 def _power(number: int) -> int:
     """Return the least power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
-
-
-def _sides(size: int) -> list[int]:
-    """List the sides of tiles that cut an axis as evenly as possible."""
-    return sorted({-(-size // parts) for parts in range(1, size + 1)})

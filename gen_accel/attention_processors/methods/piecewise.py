@@ -210,12 +210,11 @@ class Piecewise(BlockSelection):
 
     def at(self, step: Step) -> "Piecewise":
         if isinstance(self.critical, tuple):
-            return _with_share(self, min(step.number, len(self.critical) - 1))
-        return self if self.tau_end is None else _at(self, step.progress)
-
-    @property
-    def criticals(self) -> tuple[float, ...]:
-        return (self.critical[-1] if isinstance(self.critical, tuple) else self.critical,)
+            return _with(self, critical=self.critical[min(step.number, len(self.critical) - 1)])
+        if self.tau_end is None:
+            return self
+        tau = self.tau + (self.tau_end - self.tau) * step.progress
+        return _with(self, tau=tau, tau_end=None)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: RunPlan
@@ -233,7 +232,7 @@ class Piecewise(BlockSelection):
             if native_rest.in_one_pass(q, k, v, base, scale=scale, kernel=name):
                 out, plan = self._choose(q, k, v, base, video, scale, name, attends=True)
                 return kernel.answered(out, plan, "int8" if name == "int8" else "native")
-        return kernel(q, k, v, self._plan(q, k, v, video, scale, name))
+        return kernel(q, k, v, self.plan_for(q, k, v, video=video, scale=scale, kernel=name))
 
     @property
     def _is_plain(self) -> bool:
@@ -319,10 +318,25 @@ class Piecewise(BlockSelection):
             return torch.cat(cuts, 1)[..., 0] + by.left_off()
 
     @torch.no_grad()
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        video: VideoShape,
+        scale: float | None = None,
+        kernel: str = "auto",
     ) -> Plan:
+        """Plan of the blocks that q and k, (B, H, N, D), keep exactly.
+
+        Args:
+            v: for the scores "loss", "pooled" and "norm", which look at values too. Without, the
+                first two take values to vary equally, and "norm" is an error.
+            scale: of their products; 1 / sqrt(D) without.
+        """
         layout, entries, rest = self.layout(video, q.device), None, None
+        scale = scale_or_default(scale, q)
         kind = self.score_on(q.device)
         if kind == "pooled" and v is not None and self._chosen_by_native(q, k, v, kernel):
             base = self._base(video, q.device)
@@ -366,14 +380,6 @@ class PiecewiseHeads(Piecewise):
         return self.shares
 
 
-@lru_cache(maxsize=256)
-def _with_share(method: Piecewise, number: int) -> Piecewise:
-    assert isinstance(method.critical, tuple)
-    return replace(method, critical=method.critical[number])
-
-
-@lru_cache(maxsize=256)
-def _at(method: Piecewise, progress: float) -> Piecewise:
-    assert method.tau_end is not None
-    tau = method.tau + (method.tau_end - method.tau) * progress
-    return replace(method, tau=tau, tau_end=None)
+@lru_cache(maxsize=512)
+def _with(method: Piecewise, **options: float | None) -> Piecewise:
+    return replace(method, **options)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from gen_accel.attention_processors.methods.blocks import Pool, full_tiles, rest_of, tokens_of_tile
 from gen_accel.method import Method, plan_once
 from gen_accel.parsing import Count, Positive, check_options
-from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
+from gen_accel.plan import Centre, Plan, raster_slots, tile_slots
 from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
 
@@ -121,7 +121,8 @@ class Radial(Method):
         slots = raster_slots(video, self.block)
         blocks = slots.numel() // self.block
         keep = mask_or_runs(_raster_rows(self, video, blocks), blocks, blocks)
-        return Plan(slots, keep, self.block, self.block, rest=_rest(self))
+        rest = rest_of(self.rest, self.centre, flat=True)
+        return Plan(slots, keep, self.block, self.block, rest=rest)
 
     def whole_frames(self, frames: int) -> list[int]:
         """List the frames that every query sees whole: the sink and the anchors."""
@@ -132,14 +133,8 @@ class Radial(Method):
         ]
 
 
-def _rest(method: Radial) -> Rest | None:
-    # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
-    return rest_of(method.rest, method.centre, flat=True)
-
-
 def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Tensor]:
-    """Yield the mask of the other rules in slices of whole frames of queries. A block that two
-    frames share comes with the later one."""
+    """Yield the mask in slices of frames of queries. A block of two comes with the later one."""
     s, B = video.height * video.width, method.block
     # The block that holds the first token after the video, and all that follow, see and are seen.
     border = video.video_tokens // B
@@ -163,24 +158,6 @@ def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Ten
         keep = keep[stop - top :]
 
 
-class TilePlaces(NamedTuple):
-    """Places of the tiles of a frame, in bands of rows, from left to right: (T,) int64, the band
-    of each tile, its place in it, and how many tiles its band holds."""
-
-    bands: int
-    band: Tensor
-    column: Tensor
-    columns: Tensor
-
-
-def tiles_of(counts: Sequence[int]) -> TilePlaces:
-    """Number tiles band by band, where `counts` gives the number in each band."""
-    columns = torch.tensor(counts)
-    band = torch.arange(len(counts)).repeat_interleave(columns)
-    column = torch.arange(len(band)) - (columns.cumsum(0) - columns)[band]
-    return TilePlaces(len(counts), band, column, columns[band])
-
-
 def _balanced(method: Radial, video: VideoShape) -> Plan:
     # A query tile sees the union of its frames' patterns, so in a short clip it spans few.
     height, width = (
@@ -199,7 +176,7 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
     frame = torch.arange(groups * tile[0])
     distance = torch.maximum(first - frame, frame - last).clamp_min(0)
 
-    window = _windows(method, video, tiles_of([columns] * rows))
+    window = _windows(method, video, [columns] * rows)
     whole = method.whole_frames(video.frames)
 
     def rows_of(some: slice) -> Tensor:
@@ -225,7 +202,7 @@ def gpu_plan(method: Radial, video: VideoShape) -> Plan:
 
     last = torch.full((-len(tile) % in_a_row,), len(tile) - 1)
     members = torch.cat([torch.arange(len(tile)), last]).view(-1, in_a_row)
-    window = _windows(method, video, tiles_of(counts))
+    window = _windows(method, video, counts)
     whole, place = method.whole_frames(video.frames), (frame * sum(counts) + tile).numpy()
 
     def rows_of(some: slice) -> Tensor:
@@ -245,8 +222,7 @@ def gpu_plan(method: Radial, video: VideoShape) -> Plan:
 def _with_text(
     method: Radial, slots: Tensor, slices: Iterable[Tensor], block_q: int, block_k: int
 ) -> Plan:
-    """Complete a plan from slices of (query blocks, key blocks) of the video: all blocks after the
-    video's see all and are seen by all."""
+    """Complete a plan from slices of (query blocks, key blocks) of the video by the text's."""
     occupied = (slots >= 0).view(-1, block_k).any(-1)  # frames past the last are padding alone
     size = slots.numel() // block_q, slots.numel() // block_k
 
@@ -260,51 +236,56 @@ def _with_text(
         if left:
             yield occupied.repeat(left, 1)
 
-    return Plan(slots, mask_or_runs(rows(), *size), block_q, block_k, rest=_rest(method))
+    # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
+    rest = rest_of(method.rest, method.centre, flat=True)
+    return Plan(slots, mask_or_runs(rows(), *size), block_q, block_k, rest=rest)
 
 
-def _windows(method: Radial, video: VideoShape, tiles: TilePlaces) -> Tensor:
-    """Mask (frames, T, T) bool of the tiles that are seen of a frame at each distance."""
+def _windows(method: Radial, video: VideoShape, counts: Sequence[int]) -> Tensor:
+    """Mask (frames, T, T) bool of the tiles that are seen of a frame at each distance, where
+    `counts` gives the tiles in each band of rows."""
     seen = []
     for d in range(video.frames):
         share = 1.0 if d < 2 else min(1.0, method.decay_factor * 0.5 ** (d.bit_length() - 1))
-        seen.append(_near_tiles(tiles, share, d))
+        seen.append(_near_tiles(counts, share, d))
     return torch.stack(seen)
 
 
-def _near_tiles(tiles: TilePlaces, share: float, distance: int) -> Tensor:
+def _near_tiles(counts: Sequence[int], share: float, distance: int) -> Tensor:
     """Mask (T, T) bool: a window of about share x T tiles about each tile of one frame, shifted at
     the border rather than cut, so that every tile sees as many."""
-    T = len(tiles.band)
+    T, bands = sum(counts), len(counts)
     wanted = share * T
     if wanted < 1:
         every = round(1 / wanted)
         return torch.eye(T, dtype=torch.bool) & (distance % every == 0)
     # A band with one tile more keeps the same share of its width. Where the split is uneven, odd
     # distances favour the other axis.
-    bands, columns = tiles.bands, tiles.columns.double()
+    sizes = torch.tensor(counts)
+    band = torch.arange(bands).repeat_interleave(sizes)
+    column = torch.arange(T) - (sizes.cumsum(0) - sizes)[band]
+    size = sizes[band]
+    columns = size.double()
     if distance % 2 == 0:
         rows = min(bands, max(1, round(share**0.5 * bands)))
         wide = ((wanted / rows) * (columns * bands / T)).round()
     else:
         wide = (share**0.5 * columns).round().clamp_min(1)
-        rows = min(bands, max(1, round(wanted / wide[tiles.column == 0].mean().item())))
-    place = (2 * tiles.column + 1)[:, None] * tiles.columns // (2 * tiles.columns[:, None])
-    extent = wide.long().clamp_min(1).minimum(tiles.columns)
-    near = _window(tiles.column, place, extent, tiles.columns)
-    return near & _window(tiles.band, tiles.band[:, None], rows, bands)
+        rows = min(bands, max(1, round(wanted / wide[column == 0].mean().item())))
+    place = (2 * column + 1)[:, None] * size // (2 * size[:, None])
+    extent = wide.long().clamp_min(1).minimum(size)
+    near = _window(column, place, extent, size)
+    return near & _window(band, band[:, None], rows, bands)
 
 
 def _window(key: Tensor, place: Tensor, extent: Tensor | int, size: Tensor | int) -> Tensor:
-    """Whether `key`, of `size` places, is one of `extent` about `place`, shifted inwards at both
-    ends."""
+    """Whether `key`, of `size`, is one of `extent` about `place`, shifted inwards at the ends."""
     start = (place - extent // 2).clamp(torch.tensor(0), torch.as_tensor(size - extent))
     return (start <= key) & (key < start + extent)
 
 
 def _paper(method: Radial, s: int, i: int, j: int, is_whole: bool, top: int, keep: Tensor) -> None:
-    """Write the pairs that the queries of frame i keep of frame j, of s tokens each, to the mask's
-    rows from `top` on."""
+    """Write what frame i keeps of frame j, of s tokens each, to the mask's rows from `top` on."""
     B, d = method.block, abs(i - j)
     queries, keys = _span(i, s, B), _span(j, s, B)
     target = keep[queries.start - top : queries.stop - top, keys]
@@ -341,8 +322,7 @@ def _code(
     keep: Tensor,
     shrink: Callable[..., Tensor],
 ) -> None:
-    """Write the public code's masks, as `_paper` does, from the few distinct pairs of frames
-    instead of all. `shrink` is `_shrink` with a cache."""
+    """Write the public code's masks, as `_paper` does. `shrink` is `_shrink` with a cache."""
     B, d = method.block, abs(i - j)
     decay = 2 ** s.bit_length() / 2 ** d.bit_length()
     if is_whole:
@@ -374,8 +354,7 @@ def _shrink(s: int, B: int, width: int, row: int, column: int) -> Tensor:
     last_k = (blocks - column + B).clamp_max(s) - 1
 
     def columns(rows: int) -> Tensor:
-        """Number of key columns that hold at least `rows` rows: an interval, as the band is
-        straight."""
+        """Number of key columns that hold at least so many rows, an interval."""
         low = torch.maximum(first_k, first_q + rows - 1 - width)
         high = torch.minimum(last_k, last_q - rows + 1 + width)
         possible = (last_q - first_q + 1 >= rows) & (2 * width + 1 >= rows)

@@ -239,8 +239,7 @@ class ReuseState(StepState):
 
 
 def _counts(chosen: Plan, occupied: Tensor) -> Tensor:
-    """Number of key blocks that each query block keeps, (B or 1, H or 1, Kq) int64; with a route,
-    the mean of its queries, rounded."""
+    """Key blocks that each query block, or the mean of its queries, keeps: (B, H, Kq) int64."""
     if not isinstance(chosen.partial, Route):
         return (chosen.keep & occupied).sum(-1)
     picks, groups = chosen.partial.picks, chosen.partial.group

@@ -34,7 +34,6 @@ from gen_accel.attention_processors.methods.blocks import (
     smooth_qk,
     tile_of,
 )
-from gen_accel.kernels.base import scale_or_default
 from gen_accel.kernels.choosing import block_deviations, block_means, block_spread
 from gen_accel.kernels.rest import pooled_shares
 from gen_accel.method import Method, plan_once
@@ -201,8 +200,8 @@ class BlockSelection(Method):
 
     @property
     def criticals(self) -> tuple[float, ...]:
-        """`critical`, or one for each head."""
-        return (self.critical,)
+        """The share of all heads, or one for each head."""
+        return (self.critical[-1] if isinstance(self.critical, tuple) else self.critical,)
 
     @property
     def tile_tokens(self) -> int:
@@ -228,32 +227,6 @@ class BlockSelection(Method):
     def always(self) -> Always:
         """Keys and queries that are exact whatever their scores."""
         return NOTHING
-
-    def plan_for(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None = None,
-        *,
-        video: VideoShape,
-        scale: float | None = None,
-        kernel: str = "auto",
-    ) -> Plan:
-        """Plan of the blocks that q and k, (B, H, N, D), keep exactly.
-
-        Args:
-            v: for the scores "loss", "pooled" and "norm", which look at values too. Without, the
-                first two take values to vary equally, and "norm" is an error.
-            scale: of their products; 1 / sqrt(D) without.
-        """
-        scale = scale_or_default(scale, q)
-        return self._plan(q, k, v, video, scale, kernel)
-
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
-    ) -> Plan:
-        """The plan of `plan_for`, at a scale and by a kernel that are known."""
-        raise NotImplementedError
 
     @plan_once
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
@@ -338,11 +311,10 @@ def self_similarity(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -
 
 
 def _keep_unlike(keep: Tensor, by: Scores, q: Tensor, alike: float) -> Tensor:
-    """Keep the rows and columns of blocks whose tokens are not alike, less the mean key, as in
-    SpargeAttn. Return which of the ranked key blocks these are, (B, H, R)."""
+    """Keep all of blocks whose tokens are not alike; which of the ranked ones are, (B, H, R)."""
     layout, slots = by.layout, by.layout.slots
     k = by.k.float()
-    k = k - k.mean(2, keepdim=True)
+    k = k - k.mean(2, keepdim=True)  # as in SpargeAttn
     unlike_q = self_similarity(q, slots, slots.block_q, by.kernel) <= alike
     unlike_k = self_similarity(k, slots, slots.block_k, by.kernel) <= alike
     keep |= (unlike_q[..., None] | unlike_k[:, :, None]) & layout.occupied

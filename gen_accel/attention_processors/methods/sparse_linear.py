@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.methods.blocks import Box, Pool, rest_of
 from gen_accel.attention_processors.methods.scores import BlockSelection, By, Scores, chosen
 from gen_accel.kernels import linear as linear_kernel
-from gen_accel.kernels.base import name_of, scale_of
+from gen_accel.kernels.base import name_of, scale_of, scale_or_default
 from gen_accel.method import RunPlan
 from gen_accel.parsing import Share, check_options, shown
 from gen_accel.plan import Centre, Plan, plan_of_call
@@ -150,10 +150,17 @@ class SparseLinear(BlockSelection):
         plan, sets = self._chosen(q, k, video, name, scale_of(kernel, q))
         return kernel(q, k, v, plan), self._linear(q, k, v, plan, sets, name)
 
-    def _plan(
-        self, q: Tensor, k: Tensor, v: Tensor | None, video: VideoShape, scale: float, kernel: str
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        video: VideoShape,
+        scale: float | None = None,
+        kernel: str = "auto",
     ) -> Plan:
-        return self._chosen(q, k, video, kernel, scale, sets=False)[0]
+        return self._chosen(q, k, video, kernel, scale_or_default(scale, q), sets=False)[0]
 
     @torch.no_grad()
     def _chosen(
@@ -166,8 +173,7 @@ class SparseLinear(BlockSelection):
         *,
         sets: bool = True,
     ) -> tuple[Plan, Tensor | None]:
-        """Plan of the critical blocks, and the key blocks that the linear branch sums over, (B, H,
-        Kq, Kk) bool; None for all, or if they are not asked for."""
+        """Plan of the critical blocks, and those of the linear branch, (B, H, Kq, Kk) or None."""
         layout, worst = self.layout(video, q.device), 0
         if self.linear_over == "marginal":
             blocks = len(layout.ranked)
@@ -209,11 +215,8 @@ class SparseLinear(BlockSelection):
 
 
 class LinearBranch(nn.Module):
-    """Combination of the two outputs of one layer.
-
-    proj: one linear layer of the head dim, shared by the heads, zero at the start; or
-    alpha: (heads,), 1 at the start.
-    """
+    """Combination of the two outputs of one layer, by `proj`, a linear layer shared by the heads,
+    zero at the start, or `alpha`, (heads,), 1 at the start."""
 
     def __init__(self, heads: int, dim: int, combine: Combine) -> None:
         super().__init__()
@@ -249,8 +252,7 @@ class LinearBranch(nn.Module):
 
 
 def _numbers(branch: object, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of `branch.proj`, if the branch is only a matrix: no gradient, no layer or
-    tensor of another kind in its place, no hook. Else None."""
+    """Weight and bias of `branch.proj` if it is only a matrix: no gradient, other kind or hook."""
     if type(branch) is not LinearBranch or type(branch.proj) is not nn.Linear:
         return None
     for module in (branch, branch.proj):

@@ -92,8 +92,12 @@ class VSA(Method):
         fine = kernel(q, k, v, self.plan_for(q, k, video=video, scale=scale, kernel=name))
         if gate is None and self.coarse == "gated":
             return fine
-        coarse = among_means(q, k, v, self.layout(video, q.device), scale=scale, kernel=name)
-        coarse = coarse.to(fine.dtype)
+        layout = self.layout(video, q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            means = (_means(x, layout.slots, name) for x in (q, k, v))
+            seen = layout.occupied if layout.has_empty else None
+            rows = F.scaled_dot_product_attention(*means, attn_mask=seen, scale=scale)
+            coarse = _OfTiles.apply(rows, layout.slots).to(fine.dtype)
         return fine + coarse if gate is None else torch.addcmul(fine, gate.to(fine.dtype), coarse)
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
@@ -150,19 +154,6 @@ class Gate(nn.Module):
     def silent(self) -> bool:
         """Whether the gate is zero for all hidden states. Synchronises the device."""
         return not (self.to_gate_compress.weight.any() or self.to_gate_compress.bias.any())
-
-
-def among_means(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float, kernel: str = "auto"
-) -> Tensor:
-    """Compute attention among the means of a layout's tiles, and give each token the row of its
-    tile: (B, H, N, D) from q, k and v of that shape, in fp32 or wider."""
-    slots = layout.slots
-    with torch.autocast(q.device.type, enabled=False):
-        means = (_means(x, slots, kernel) for x in (q, k, v))
-        seen = layout.occupied if layout.has_empty else None
-        rows = F.scaled_dot_product_attention(*means, attn_mask=seen, scale=scale)
-        return _OfTiles.apply(rows, slots)
 
 
 class _OfTiles(torch.autograd.Function):

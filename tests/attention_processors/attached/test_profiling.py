@@ -11,7 +11,6 @@ from support.wan import FRAMES, HEADS, HEIGHT, LAYERS, WIDTH, pipeline, transfor
 import gen_accel
 from gen_accel import Profiled, Radial, Schedule, attach, measure_profile
 from gen_accel.attention_processors.attached import profiling
-from gen_accel.attention_processors.attached.calibrate import run_to_latents
 from gen_accel.attention_processors.attached.profiling import collect
 
 SAMPLED: dict[str, Any] = {
@@ -81,7 +80,8 @@ def test_both_calls_of_guidance_are_seen_and_dense_output_is_unchanged(monkeypat
     plain = []
     pipe.transformer.forward = lambda *a, **k: plain.append(before(*a, **k)) or plain[-1]
     call = {"guidance_scale": 4.0, **SAMPLED}
-    run_to_latents(pipe, "a cat", 4, 0, call)
+    drawn = torch.Generator().manual_seed(0)
+    pipe("a cat", num_inference_steps=4, generator=drawn, output_type="latent", **call)
     pipe.transformer.forward = kept
     collect(pipe, ["a cat"], block=8, every=2, steps=4, call=call)
     assert len(calls) == LAYERS * 2 * 2  # steps 1 and 3, two calls each
