@@ -208,14 +208,11 @@ def typed(
             raise ValueError(f"{origin} has no {name}")
         return default
     value = data[name]
-    if not any(_is(value, kind) for kind in kinds):
+    fitting = (fits(value, x) if x in (int, float) else isinstance(value, x) for x in kinds)
+    if not any(fitting):
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise ValueError(f"{name} in {origin} must be {wanted}, got {shown(value)}")
     return value
-
-
-def _is(value: object, kind: type) -> bool:
-    return fits(value, kind) if kind in (int, float) else isinstance(value, kind)
 
 
 class NoRoom(OSError):
