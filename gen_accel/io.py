@@ -232,9 +232,6 @@ class NoRoom(OSError):
         reason = (self.strerror or "").lower()
         return f"no room for {self.path}{size}: {reason}; what was there before is still there"
 
-    def at(self, path: Path) -> "NoRoom":
-        return NoRoom(path, self.needs, self.errno)
-
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
@@ -482,7 +479,8 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
         except NoRoom as error:
             if not error.path.is_relative_to(partial):
                 raise
-            raise error.at(path / error.path.relative_to(partial)) from None
+            meant = path / error.path.relative_to(partial)
+            raise NoRoom(meant, error.needs, error.errno) from None
         except OSError as error:
             if error.errno in FULL:
                 raise NoRoom(path, needs, error.errno) from error

@@ -388,11 +388,8 @@ def preview_of(target: Path) -> Path:
 def comparison_files(target: Path) -> dict[str, Path]:
     """Paths of the dense video, both side by side, and the report, beside `target`."""
     dense, together = beside(target, "dense"), beside(target, "side_by_side")
-    return {"dense": dense, "side by side": together, "report": report_of(target)}
-
-
-def report_of(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.json")
+    report = target.with_name(f"{target.stem}.json")
+    return {"dense": dense, "side by side": together, "report": report}
 
 
 def beside(target: Path, name: str) -> Path:
