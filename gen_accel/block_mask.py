@@ -130,13 +130,11 @@ def create_block_mask(
     for b in range(B or 1):
         for h in range(H or 1):
             one = Pattern(mask, every, torch.zeros_like(every), b, h, Q_LEN, KV_LEN, sums=False)
-            cut = torch.zeros_like(every)
-            cut[one.cut[:, 0], one.cut[:, 1]] = True
             # A block that sticks out of the tokens is never whole to FlexAttention.
             inside = one.whole.clone()
             inside[Q_LEN // BLOCK_SIZE :] = False
             inside[:, KV_LEN // BLOCK_SIZE :] = False
-            some.append(cut | (one.whole & ~inside))
+            some.append(one.kept & ~inside)
             full.append(inside)
     lists = [_listed(torch.stack(x).unflatten(0, (B or 1, H or 1))) for x in (some, full)]
     return BlockMask.from_kv_blocks(*lists[0], *lists[1], **about)
@@ -228,7 +226,6 @@ def _of_blocks(keep: Tensor, block_q: int, block_k: int, N: int, *, dynamic: boo
     """Plan of whole blocks in the order of the tokens."""
     slots = _raster(N, math.lcm(block_q, block_k), keep.device)
     rows, columns = len(slots) // block_q, len(slots) // block_k
-    keep = keep[:, :, :rows, :columns]
     keep = F.pad(keep, (0, columns - keep.shape[3], 0, rows - keep.shape[2]))
     return Plan(slots, keep, block_q, block_k, dynamic=dynamic)
 
@@ -285,6 +282,13 @@ class Pattern:
         if sums:
             self._sums()
 
+    @property
+    def kept(self) -> Tensor:
+        """Mask of the pairs of blocks in which some tokens see, (Kq, Kk) bool."""
+        keep = self.whole.clone()
+        keep[self.cut[:, 0], self.cut[:, 1]] = True
+        return keep
+
     def _real(self, pairs: Tensor) -> Tensor:
         """Mask of the real token pairs in some pairs of blocks, (P, block_q, block_k)."""
         q, k = self._tokens(pairs)
@@ -306,12 +310,22 @@ class Pattern:
         seen = create_mask(rule, len(q), None, q.shape[1], k.shape[1], device=self.device)
         return seen.expand(len(q), 1, q.shape[1], k.shape[1])[:, 0]
 
+    def _seen(self, pairs: Tensor) -> Tensor:
+        """Mask of the token pairs that see in some kept pairs of blocks, (P, block_q, block_k)."""
+        whole = (self.whole | self._listed_whole)[pairs[:, 0], pairs[:, 1]][:, None, None]
+        return (self._sees(*self._tokens(pairs)) | whole) & self._real(pairs)
+
+    def _among(self, q: Tensor, k: Tensor) -> Tensor:
+        """Mask of the pairs that see among some tokens, (R,) and (C,) to (R, C)."""
+        place = q[:, None] // self.block_q, k // self.block_k
+        seen = self._sees(q[None], k[None])[0] | self._listed_whole[place]
+        return self.whole[place] | (self.kept[place] & seen)
+
     def _asked(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the pairs of blocks in `cut`, some at a time, with the token pairs that see."""
         step = max(1, PAIRS // (self.block_q * self.block_k))
         for pairs in self.cut.split(step) if len(self.cut) else ():
-            whole = self._listed_whole[pairs[:, 0], pairs[:, 1]][:, None, None]
-            yield pairs, (self._sees(*self._tokens(pairs)) | whole) & self._real(pairs)
+            yield pairs, self._seen(pairs)
 
     def _sums(self) -> None:
         """Count the keys of each query, and add up random numbers of them, by which equal rows
@@ -328,8 +342,10 @@ class Pattern:
             (torch.arange(size, device=self.device) < held).long()
             for size, held in zip(sizes, (self.Nq, self.Nk), strict=True)
         )
-        self.counts, self.rows = (self._over_keys(x, *sizes) for x in (one_k, by_k))
-        self.counted, self.columns = (self._over_queries(x, *sizes) for x in (one_q, by_q))
+        held_k = (self.whole * x.view(-1, self.block_k).sum(1) for x in (one_k, by_k))
+        held_q = (self.whole.mT * x.view(-1, self.block_q).sum(1) for x in (one_q, by_q))
+        self.counts, self.rows = (x.sum(1).repeat_interleave(self.block_q) for x in held_k)
+        self.counted, self.columns = (x.sum(1).repeat_interleave(self.block_k) for x in held_q)
         for pairs, seen in self._asked():
             q, k = self._tokens(pairs)
             for total, of in ((self.counts, one_k), (self.rows, by_k)):
@@ -340,14 +356,6 @@ class Pattern:
             total[self.Nq :] = 0
         for total in (self.counted, self.columns):
             total[self.Nk :] = 0
-
-    def _over_keys(self, weight: Tensor, rows: int, columns: int) -> Tensor:
-        held = weight.view(-1, self.block_k).sum(1)
-        return (self.whole * held).sum(1).repeat_interleave(self.block_q)
-
-    def _over_queries(self, weight: Tensor, rows: int, columns: int) -> Tensor:
-        held = weight.view(-1, self.block_q).sum(1)
-        return (self.whole * held[:, None]).sum(0).repeat_interleave(self.block_k)
 
     def equals(self, other: "Pattern") -> bool:
         """Whether another pattern of the same mask keeps the same token pairs."""
@@ -396,7 +404,6 @@ class Pattern:
         slots = _raster(N, math.lcm(self.block_q, self.block_k), self.device)
 
         def over_slots(x: Tensor, empty: int) -> Tensor:
-            x = x[: len(slots)]
             return F.pad(x, (0, len(slots) - len(x)), value=empty).int()
 
         rule = Windows(
@@ -406,16 +413,14 @@ class Pattern:
             torch.zeros_like(slots, dtype=torch.bool),
             over_slots(self.counts, 0).long(),
         )
-        keep = self.whole.clone()
-        keep[self.cut[:, 0], self.cut[:, 1]] = True
-        plan = _of_blocks(keep[None, None], self.block_q, self.block_k, N, dynamic=False)
+        plan = _of_blocks(self.kept[None, None], self.block_q, self.block_k, N, dynamic=False)
         return Plan(slots, plan.keep, self.block_q, self.block_k, rule)
 
     def _classes(self) -> Plan | None:
         """Plan of whole blocks in which tokens that see alike and are seen alike lie together;
         None where these are too many, or too few of each."""
         N = max(self.Nq, self.Nk)
-        both = torch.stack([_resized(x, N) for x in (self.rows, self.columns)], 1)
+        both = torch.stack([F.pad(x, (0, N - len(x))) for x in (self.rows, self.columns)], 1)
         kinds, kind = both.unique(dim=0, return_inverse=True)
         if len(kinds) > CLASSES:
             return None
@@ -431,12 +436,7 @@ class Pattern:
         slots = torch.full((int(blocks.sum()) * block,), -1, device=self.device)
         slots[begins[kind[order]] + rank] = order
         token = order[sizes.cumsum(0) - sizes]  # one of each kind
-        q, k = token.clamp_max(self.Nq - 1), token.clamp_max(self.Nk - 1)
-        place = q[:, None] // self.block_q, k // self.block_k
-        cut = torch.zeros_like(self.whole)
-        cut[self.cut[:, 0], self.cut[:, 1]] = True
-        asked = self._sees(q[None], k[None])[0] | self._listed_whole[place]
-        seen = self.whole[place] | (cut[place] & asked)
+        seen = self._among(token.clamp_max(self.Nq - 1), token.clamp_max(self.Nk - 1))
         seen &= (token < self.Nq)[:, None] & (token < self.Nk)
         of = torch.arange(len(kinds), device=self.device).repeat_interleave(blocks)
         return Plan(slots, seen[of][:, of][None, None], block, block)
@@ -447,14 +447,10 @@ class Pattern:
         seeing = (self.counts[: self.Nq] > 0).nonzero()
         if not len(seeing):
             return
-        q = seeing[:1, 0]
         key = torch.arange(self.Nk, device=self.device)
-        place = q // self.block_q, key // self.block_k
-        listed = torch.zeros_like(self.whole)
-        listed[self.cut[:, 0], self.cut[:, 1]] = True
-        asked = self._sees(q[None], key[None])[0, 0] | self._listed_whole[place]
-        seen = self.whole[place] | (listed[place] & asked)
-        steps = (F.pad(seen.int(), (1, 0)).diff() == 1).nonzero()[:, 0].diff().unique()
+        seen = self._among(seeing[:1, 0], key)[0]
+        runs = (F.pad(seen.int(), (1, 0)).diff() == 1).nonzero()[:, 0]
+        steps = runs.diff().unique()
         lengths = [n for n in steps.tolist() if self.Nk % n == 0]
         first = steps[:1].tolist()
         if not lengths or first != lengths[:1]:
@@ -462,7 +458,6 @@ class Pattern:
         W = lengths[0]
         yield [key // W, key % W]
         # The step from the last row of a frame to the first of the next: H W less what was walked.
-        runs = (F.pad(seen.int(), (1, 0)).diff() == 1).nonzero()[:, 0]
         jumps = (runs.diff() != W).nonzero()[:, 0]
         if len(jumps):
             frame = int(runs[jumps[0] + 1] - runs[0])
@@ -472,17 +467,14 @@ class Pattern:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attend query block by query block, each to its own keys under its part of the mask;
         (B, H, N, D) in and out. The backward pass computes each block again."""
-        outs, keep = [], self.whole.clone()
-        keep[self.cut[:, 0], self.cut[:, 1]] = True
-        for block, kept in enumerate(keep):
+        outs = []
+        for block, kept in enumerate(self.kept):
             pairs = F.pad(kept.nonzero(), (1, 0), value=block)
             rows = slice(block * self.block_q, (block + 1) * self.block_q)
             if not len(pairs) or rows.start >= self.Nq:
                 outs.append(torch.zeros_like(q[:, :, rows]))
                 continue
-            whole = (self.whole | self._listed_whole)[pairs[:, 0], pairs[:, 1]][:, None, None]
-            seen = (self._sees(*self._tokens(pairs)) | whole) & self._real(pairs)
-            seen = seen.transpose(0, 1).flatten(1)[: q[:, :, rows].shape[2]]
+            seen = self._seen(pairs).transpose(0, 1).flatten(1)[: q[:, :, rows].shape[2]]
             keys = self._tokens(pairs)[1].flatten().clamp_max(self.Nk - 1)
             given = q[:, :, rows], k[:, :, keys], v[:, :, keys], seen, scale
             outs.append(checkpoint(_attended, *given, use_reentrant=False))
@@ -497,7 +489,3 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Te
     some = seen.any(1, keepdim=True)
     weights = scores.masked_fill(~some, 0.0).softmax(-1).where(some, 0.0)
     return (weights @ v.to(wide)).to(q.dtype)
-
-
-def _resized(x: Tensor, N: int) -> Tensor:
-    return F.pad(x[:N], (0, N - len(x[:N])))

@@ -450,11 +450,7 @@ def mapping_in(text: str, origin: str | Path) -> dict[Any, object]:
 
 
 def _check_yaml(yaml: ModuleType, events: Iterable[Any], path: str | Path) -> None:
-    """Refuse YAML of which a short file makes large, deep or endless values, before it does.
-
-    Args:
-        events: of the parser.
-    """
+    """Refuse YAML of which a short file makes large, deep or endless values, before it does."""
     total, sizes = 0, dict[str | None, int]()
     within: list[tuple[str | None, int]] = []  # anchor of each open list, and values before it
     for event in events:

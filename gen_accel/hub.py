@@ -211,10 +211,9 @@ def asked(repository: str, *, files_metadata: bool = False) -> "ModelInfo":
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi().model_info(repository, timeout=_patience(), files_metadata=files_metadata)
+        return HfApi().model_info(repository, timeout=_patience(), files_metadata=files_metadata)
     except Exception as error:
         raise OSError(why_not(repository, error)) from error
-    return found
 
 
 def downloaded(repository: str, patterns: list[str]) -> Path:

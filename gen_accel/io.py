@@ -208,14 +208,11 @@ def typed(
             raise ValueError(f"{origin} has no {name}")
         return default
     value = data[name]
-    if not any(_is(value, kind) for kind in kinds):
+    fitting = (fits(value, x) if x in (int, float) else isinstance(value, x) for x in kinds)
+    if not any(fitting):
         wanted = " or ".join(KINDS[kind] for kind in kinds)
         raise ValueError(f"{name} in {origin} must be {wanted}, got {shown(value)}")
     return value
-
-
-def _is(value: object, kind: type) -> bool:
-    return fits(value, kind) if kind in (int, float) else isinstance(value, kind)
 
 
 class NoRoom(OSError):
@@ -234,9 +231,6 @@ class NoRoom(OSError):
         size = "" if self.needs is None else f", which needs {megabytes(self.needs)}"
         reason = (self.strerror or "").lower()
         return f"no room for {self.path}{size}: {reason}; what was there before is still there"
-
-    def at(self, path: Path) -> "NoRoom":
-        return NoRoom(path, self.needs, self.errno)
 
 
 def megabytes(size: int) -> str:
@@ -485,7 +479,8 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
         except NoRoom as error:
             if not error.path.is_relative_to(partial):
                 raise
-            raise error.at(path / error.path.relative_to(partial)) from None
+            meant = path / error.path.relative_to(partial)
+            raise NoRoom(meant, error.needs, error.errno) from None
         except OSError as error:
             if error.errno in FULL:
                 raise NoRoom(path, needs, error.errno) from error

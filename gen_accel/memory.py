@@ -91,18 +91,13 @@ def _free_of_host() -> int | None:
         rows = dict(line.split(":", 1) for line in lines)
         free = int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return _all_of_host()
+        with suppress(AttributeError, OSError, ValueError):  # not on Windows
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return None
     limit, used = (_number_in(GROUP / f"memory.{name}") for name in ("max", "current"))
     free = free if limit is None or used is None else min(free, max(0, limit - used))
     spare = _SPARE.get()
     return free if spare is None else free + spare()
-
-
-def _all_of_host() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        return None
 
 
 def kills_of_memory() -> int | None:

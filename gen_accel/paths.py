@@ -321,7 +321,9 @@ def check_places(outputs: Named, new: Named, inputs: Named, *, overwrite: bool) 
     for name, path in _each(outputs):
         place, label = _placed(path), f"{name} {path}"
         check_names(place)
-        same: list[object] = [_folded(place), *([_identity(place)] if place.exists() else [])]
+        # As file systems compare paths that know no case.
+        folded = unicodedata.normalize("NFC", str(place)).casefold()
+        same: list[object] = [folded, *([_identity(place)] if place.exists() else [])]
         for found in (read[key] for key in same if key in read):
             raise ValueError(f"{label} is read, as {found}: write to another file")
         if place in around:
@@ -337,7 +339,8 @@ def check_places(outputs: Named, new: Named, inputs: Named, *, overwrite: bool) 
         within |= dict.fromkeys(place.parents, label)
     for name, path in _each(new):
         place = _placed(path)
-        if not (any(place.iterdir()) if place.is_dir() else _holds_data(place)):
+        holds_data = place.is_file() and place.stat().st_size > 0
+        if not (any(place.iterdir()) if place.is_dir() else holds_data):
             continue
         for found in (read[up] for up in place.parents if up in read):
             raise ValueError(f"{name} {path} is in {found}, which is read: write somewhere else")
@@ -359,15 +362,6 @@ def _placed(path: Path) -> Path:
 def _identity(place: Path) -> tuple[int, int]:
     about = place.stat()
     return about.st_dev, about.st_ino
-
-
-def _folded(path: Path) -> str:
-    """Write a path as file systems compare it that know no case."""
-    return unicodedata.normalize("NFC", str(path)).casefold()
-
-
-def _holds_data(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -394,11 +388,8 @@ def preview_of(target: Path) -> Path:
 def comparison_files(target: Path) -> dict[str, Path]:
     """Paths of the dense video, both side by side, and the report, beside `target`."""
     dense, together = beside(target, "dense"), beside(target, "side_by_side")
-    return {"dense": dense, "side by side": together, "report": report_of(target)}
-
-
-def report_of(target: Path) -> Path:
-    return target.with_name(f"{target.stem}.json")
+    report = target.with_name(f"{target.stem}.json")
+    return {"dense": dense, "side by side": together, "report": report}
 
 
 def beside(target: Path, name: str) -> Path:

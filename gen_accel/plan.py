@@ -7,7 +7,7 @@ Letters used in names and comments of this package:
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -364,7 +364,8 @@ class Plan:
             )
         if self.partial is not None:
             self.partial.check(S, blocks[1])
-        if not self.dynamic and _can_be_read(self.slots):
+        is_plain = type(self.slots) is Tensor and self.slots.device.type == "cpu"
+        if is_plain and not self.dynamic and not torch.compiler.is_compiling():
             _tokens_of(self.slots)
         if self.rest is not None and self.partial is not None:
             raise ValueError(
@@ -397,15 +398,7 @@ class Plan:
 
     @lasting
     def _kept(self) -> "Plan":
-        plan = Plan(
-            self.slots,
-            self.blocks,
-            self.block_q,
-            self.block_k,
-            dynamic=self.dynamic,
-            entries=self.entries,
-        )
-        return _known(plan, self)
+        return _known(replace(self, keep=self.blocks, rest=None), self)
 
     def of_heads(self, some: slice) -> "Plan":
         """Plan of whole blocks for some heads of a call."""
@@ -413,16 +406,7 @@ class Plan:
         assert self.gain is None
         if self.patterns[1] == 1:
             return self
-        plan = Plan(
-            self.slots,
-            self.keep[:, some],
-            self.block_q,
-            self.block_k,
-            dynamic=self.dynamic,
-            entries=self.entries,
-            rest=self.rest,
-        )
-        return _known(plan, self)
+        return _known(replace(self, keep=self.keep[:, some]), self)
 
     @lasting
     def tokens(self) -> int:
@@ -483,11 +467,9 @@ class Plan:
     @property
     def whole(self) -> Tensor:
         """`keep` without the blocks in which a pair is padded or excluded by `partial`."""
-        return self._whole_blocks() if self.dynamic else self._whole
-
-    @lasting
-    def _whole(self) -> Tensor:
-        return self._whole_blocks()
+        if self.dynamic:
+            return self._whole_blocks()
+        return self.prepared("whole", self._whole_blocks)
 
     def _whole_blocks(self) -> Tensor:
         if self.partial is None and not self.is_padded:
@@ -557,19 +539,17 @@ class Plan:
     def densities(self) -> tuple[Tensor, Tensor]:
         """`density` and `computed_density`, 0-d, without waiting for the device."""
         partial, pairs, wide = self.partial, float(self.tokens) ** 2, widest(self.slots.device)
+        if self.runs is not None:
+            computed = (self.runs.counts.sum() * (self.block_q * self.block_k)).to(wide)
+        else:
+            computed = self._pairs(torch.ones_like(self.slots, dtype=wide))
         if partial is None:
             kept = self._pairs(self.real.to(wide))
         elif self.trimmed:
             kept = partial.pairs_within(self.keep, self.real, self.block_q, self.block_k)
         else:
             kept = partial.pairs(self.real)
-        return kept / pairs, (self._computed_pairs() + self._pooled_pairs()) / pairs
-
-    def _computed_pairs(self) -> Tensor:
-        wide = widest(self.slots.device)
-        if self.runs is not None:
-            return (self.runs.counts.sum() * (self.block_q * self.block_k)).to(wide)
-        return self._pairs(torch.ones_like(self.slots, dtype=wide))
+        return kept / pairs, (computed + self._pooled_pairs()) / pairs
 
     def _pooled_pairs(self) -> Tensor | float:
         """Cost of the rest, in token pairs of two products each: a pooled key is a pair with
@@ -593,17 +573,12 @@ class Plan:
     def to(self, device: torch.device) -> "Plan":
         if self.slots.device == torch.device(device):
             return self
-        return Plan(
-            self.slots.to(device),
-            self.blocks.to(device),
-            self.block_q,
-            self.block_k,
-            None if self.partial is None else self.partial.to(device),
-            self.dynamic,
-            None if self.gain is None else self.gain.to(device),
-            self.trimmed,
-            self.entries,
-            self.rest,
+        return replace(
+            self,
+            slots=self.slots.to(device),
+            keep=self.blocks.to(device),
+            partial=None if self.partial is None else self.partial.to(device),
+            gain=None if self.gain is None else self.gain.to(device),
         )
 
     def changed(
@@ -620,17 +595,13 @@ class Plan:
             gain = self.gain
         elif self.gain is not None:
             gain = gain * self.gain
-        plan = Plan(
-            self.slots,
-            self.blocks if keep is None else keep,
-            self.block_q,
-            self.block_k,
-            partial or self.partial,
-            self.dynamic,
-            gain,
-            trimmed,
-            self.entries if keep is None else None,
-            self.rest,
+        plan = replace(
+            self,
+            keep=self.blocks if keep is None else keep,
+            partial=partial or self.partial,
+            gain=gain,
+            trimmed=trimmed,
+            entries=self.entries if keep is None else None,
         )
         return _known(plan, self)
 
@@ -697,12 +668,6 @@ def joined(plans: Sequence[tuple[Sequence[int], Plan]], heads: int) -> Plan:
     return _joined_once(parts, heads)
 
 
-@plan_cached
-@torch.inference_mode(False)
-def _joined_once(plans: tuple[tuple[tuple[int, ...], Plan], ...], heads: int) -> Plan:
-    return _joined(plans, heads)
-
-
 def _joined(plans: tuple[tuple[tuple[int, ...], Plan], ...], heads: int) -> Plan:
     samples = max(plan.patterns[0] for _, plan in plans)
     first = plans[0][1]
@@ -715,6 +680,9 @@ def _joined(plans: tuple[tuple[tuple[int, ...], Plan], ...], heads: int) -> Plan
     plan = Plan(first.slots, keep, first.block_q, first.block_k, dynamic=dynamic, rest=first.rest)
     plan.entries = max(bounds)
     return _known(plan, first)
+
+
+_joined_once = plan_cached(torch.inference_mode(False)(_joined))
 
 
 class Slots(NamedTuple):
@@ -758,12 +726,6 @@ def count_tokens(slots: Tensor) -> int:
 
 # N of slots, by identity, since many plans share them.
 _counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _can_be_read(slots: Tensor) -> bool:
-    """Whether values can be read without waiting: not on a device, and not in a graph."""
-    compiling = torch.compiler.is_compiling()
-    return not compiling and type(slots) is Tensor and slots.device.type == "cpu"
 
 
 def _tokens_of(slots: Tensor) -> int:
@@ -826,7 +788,6 @@ def raster_slots(video: VideoShape, multiple: int) -> Tensor:
 def tile_slots(
     video: VideoShape,
     tile: tuple[int, int, int],
-    orders: Sequence[Tensor] | None = None,
     *,
     by_parts: bool = False,
 ) -> Tensor:
@@ -836,15 +797,11 @@ def tile_slots(
     gives contiguous smaller blocks. Boxes that stick out of the grid are padded.
 
     Args:
-        orders: for each axis the (length,) order in which its indices are laid out; raster by
-            default.
         by_parts: whether no block of text holds tokens of two parts of it.
     """
     counts = [-(-size // step) for size, step in zip(video.grid, tile, strict=True)]
     padded = torch.full([n * t for n, t in zip(counts, tile, strict=True)], -1)
     tokens = torch.arange(video.video_tokens).view(video.grid)
-    for axis, order in enumerate(orders or ()):
-        tokens = tokens.index_select(axis, order)
     padded[: video.frames, : video.height, : video.width] = tokens
     boxes = padded.view(counts[0], tile[0], counts[1], tile[1], counts[2], tile[2])
     block = math.prod(tile)

@@ -115,8 +115,8 @@ def unwinding() -> Iterator[None]:
     A second signal ends it at once. Signals that another handler answers, or that are ignored (as
     under `nohup`), keep their treatment. Threads other than the main one have no handlers.
     """
-    taken = [] if threading.current_thread() is not threading.main_thread() else _at_default()
-    if not taken:
+    taken = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    if not taken or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -157,10 +157,6 @@ def leave_closed_terminal() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream)
                 os.close(nowhere)
-
-
-def _at_default() -> list[int]:
-    return [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
 
 
 def _holder(path: Path) -> str:

@@ -85,7 +85,7 @@ class Runs:
         ends = lengths.cumsum(0)
         total = int(ends[-1]) if len(ends) else 0
         # A key block is its number among the pairs, plus an offset that all of a run share.
-        of_run = torch.stack([_spread(starts.diff()), first - ends + lengths])
+        of_run = torch.stack([torch.repeat_interleave(starts.diff()), first - ends + lengths])
         row, shift = of_run.repeat_interleave(lengths, 1, output_size=total)
         return row, shift + torch.arange(total, device=shift.device)
 
@@ -123,11 +123,6 @@ def _slices(ends: Tensor, most: int) -> Iterator[slice]:
         end = int(torch.searchsorted(ends, before + most, right=True))
         yield slice(begin, end := max(begin + 1, end))
         begin, before = end, int(ends[end - 1])
-
-
-def _spread(counts: Tensor) -> Tensor:
-    """Repeat the number of each entry as often as it counts."""
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 def is_large(rows: int, columns: int) -> bool:

@@ -113,10 +113,15 @@ def is_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
-def must_be_deterministic() -> bool:
-    """Whether `torch.use_deterministic_algorithms` bars sums in no fixed order."""
+def order_reasons(facts: Facts) -> list[str]:
+    """List the reason against a kernel whose backward adds up in no fixed order, if a gradient is
+    needed."""
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled() and not warns
+    if not facts.grad or warns or not torch.are_deterministic_algorithms_enabled():
+        return []
+    return [
+        "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
+    ]
 
 
 class AutoPlace(NamedTuple):

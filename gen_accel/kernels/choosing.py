@@ -19,12 +19,11 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
 
     Args:
         block: slots in a block.
-        kernel: name of the attention kernel.
     """
     if native_serves(kernel, x):
         return native.block_sums(x, slots.slots, block)
-    if _sums_by_triton(kernel, x):
-        return _by_triton(x, slots, block, mean=False)
+    if (found := _by_triton(x, slots, block, kernel, mean=False)) is not None:
+        return found
     tokens = pack(x, slots).unflatten(2, (-1, block))
     if slots.tokens < len(slots.slots):
         tokens = tokens * slots.real.view(-1, block, 1)
@@ -33,8 +32,8 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
 
 def block_means(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Tensor:
     """Average x over the tokens of each block, as `block_sums`; zero where a block holds none."""
-    if _sums_by_triton(kernel, x):
-        return _by_triton(x, slots, block, mean=True)
+    if (found := _by_triton(x, slots, block, kernel, mean=True)) is not None:
+        return found
     sums = block_sums(x, slots, block, kernel)
     if slots.tokens == len(slots.slots):
         return sums / block
@@ -50,7 +49,6 @@ def block_deviations(x: Tensor, slots: Slots, block: int, kernel: str = "auto") 
     Args:
         x: (B, H, N, D).
         block: slots in a block.
-        kernel: name of the attention kernel.
     """
     if triton_serves(kernel, x):
         from gen_accel.kernels.triton import launch, pooling  # import triton, which may be missing
@@ -64,12 +62,10 @@ def block_deviations(x: Tensor, slots: Slots, block: int, kernel: str = "auto") 
     return apart.clamp_min(torch.finfo(apart.dtype).tiny).log() / 2
 
 
-def _sums_by_triton(kernel: str, x: Tensor) -> bool:
-    """Whether Triton runs. It has no gradient of these sums."""
-    return triton_serves(kernel, x) and not (x.requires_grad and torch.is_grad_enabled())
-
-
-def _by_triton(x: Tensor, slots: Slots, block: int, *, mean: bool) -> Tensor:
+def _by_triton(x: Tensor, slots: Slots, block: int, kernel: str, *, mean: bool) -> Tensor | None:
+    """Sum or average by Triton, which has no gradient of it; None where it does not run."""
+    if not triton_serves(kernel, x) or (x.requires_grad and torch.is_grad_enabled()):
+        return None
     from gen_accel.kernels.triton import launch, pooling  # import triton, which may be missing
 
     return launch.operate(pooling.block_sums, x, slots.slots_int32, block, mean)
@@ -86,7 +82,6 @@ def block_spread(
         query_means: (B, H, Kq, D) fp32.
         k: (B, H, N, D).
         slots: layout of tokens in blocks.
-        kernel: name of the attention kernel.
     """
     if native_serves(kernel, k):
         return native_rest.spread(query_means, k, slots, scale=scale)
@@ -124,7 +119,6 @@ def picks(
 
     Args:
         scope: "query_head", "head_global", "overall" or "block".
-        kernel: name of the attention kernel.
 
     The other arguments and the results are described in `native.selection.picks`.
     """

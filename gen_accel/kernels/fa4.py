@@ -69,11 +69,6 @@ class FlashAttention4(Kernel):
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32, both with a
-        gradient.
-
-        A row that sees nothing gives zeros and -inf.
-        """
         lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
         out, lse = _attend(q, k, v, plan, lists, scale, return_lse=True)
         return out, lse if lists.order is None else _InTokens.apply(lse, 2, lists.back)
@@ -211,7 +206,9 @@ def prepare(plan: Plan, blocks: tuple[int, int]) -> FlashLists:
 
 def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) -> FlashLists:
     if plan.runs is not None and blocks == (plan.block_q, plan.block_k):
-        return _lists_of_runs(plan)
+        rows, columns = split_of_runs(plan)
+        mask, aux = _mask_of(plan) if rows.mask_block_cnt.any() else (None, [])
+        return FlashLists(*_moved(plan), rows, columns, mask, aux, blocks)
     merges = blocks[0] // plan.block_q, blocks[1] // plan.block_k
     is_merged = merges != (1, 1)
     if is_merged:
@@ -226,20 +223,15 @@ def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) ->
         masked = masked.new_zeros(1, 1, *masked.shape[2:])
 
     def lists(masked: Tensor, whole: Tensor) -> Split:
-        first = left_packed(masked, cut=cut) if is_cut else _none(masked)
-        return Split(*first, *left_packed(whole, cut=cut))
+        if is_cut:
+            return Split(*left_packed(masked, cut=cut), *left_packed(whole, cut=cut))
+        none = masked.new_zeros(masked.shape[:3], dtype=torch.int32)
+        return Split(none, none[..., None].clone(), *left_packed(whole, cut=cut))
 
     rows, columns = lists(masked, whole), None
     if backward:
         columns = lists(masked.mT, whole.mT)
     return FlashLists(*_moved(plan), rows, columns, mask, aux, blocks)
-
-
-def _lists_of_runs(plan: Plan) -> FlashLists:
-    """Make the lists of a plan of runs, without its mask."""
-    rows, columns = split_of_runs(plan)
-    mask, aux = _mask_of(plan) if rows.mask_block_cnt.any() else (None, [])
-    return FlashLists(*_moved(plan), rows, columns, mask, aux, (plan.block_q, plan.block_k))
 
 
 def _moved(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
@@ -275,12 +267,6 @@ def _merged(keep: Tensor, whole: Tensor, query: int, key: int) -> tuple[Tensor, 
         return keep, whole
     parts = [x.unflatten(3, (-1, key)).unflatten(2, (-1, query)) for x in (keep, whole)]
     return parts[0].any(5).any(3), parts[1].all(5).all(3)
-
-
-def _none(masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Make lists that are all empty."""
-    counts = masked.new_zeros(masked.shape[:3], dtype=torch.int32)
-    return counts, counts[..., None].clone()
 
 
 # Integers of a mask: tensors of torch, which broadcast, or scalars of CuTe; or a list of tensors.

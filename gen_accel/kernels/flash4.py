@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import torch
 
-from gen_accel.kernels.base import Facts, must_be_deterministic
+from gen_accel.kernels.base import Facts, order_reasons
 
 INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,10 +38,7 @@ def reasons(facts: Facts) -> list[str]:
         found.append(f"it takes bfloat16 and float16, got {facts.dtype}")
     if facts.dim % 8 or facts.dim > LARGEST_DIM:
         found.append(f"head dim must be a multiple of 8 up to {LARGEST_DIM}, got {facts.dim}")
-    if facts.grad and must_be_deterministic():
-        found.append(
-            "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
-        )
+    found += order_reasons(facts)
     return found + _block_reasons(facts) if serves(facts.device) else found
 
 

@@ -40,7 +40,6 @@ def in_one(
         sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
         feature_map: f, "softmax" over the head dim, "elu" plus 1 or "relu".
         eps: keeps small denominators from zero.
-        kernel: name of the attention kernel.
     """
     if native_serves(kernel, q, k, v):
         return native.linear(q, k, v, *_arguments(plan, sets, feature_map), eps)
@@ -104,7 +103,6 @@ def linear_attention(
         plan: plan whose slots and blocks the sets are for.
         sets: (B, H, Kq, Kk) bool; None for all.
         eps: keeps small denominators from zero.
-        kernel: name of the attention kernel.
     """
     fused = triton_serves(kernel, fq, fq.shape[3])
     if sets is None and not fused:

@@ -127,18 +127,18 @@ def why_too_long(plan: Plan | None) -> list[str]:
     the first time."""
     if plan is None or plan.runs is None:
         return []
-    size = plan.prepared(why_too_long, lambda: _split_bytes(plan))
+
+    def needed() -> int:
+        sides = _kinds_of_runs(plan)
+        return sum(4 * side.shape[1] * int(side.amax(1).clamp_min(1).sum()) for side in sides)
+
+    size = plan.prepared(why_too_long, needed)
     if size <= MOST:
         return []
     return [
         f"its lists of blocks, all as long as the longest, would take {in_words(size)}, more than "
         f"{in_words(MOST)}"
     ]
-
-
-def _split_bytes(plan: Plan) -> int:
-    sides = _kinds_of_runs(plan)
-    return sum(4 * side.shape[1] * int(side.amax(1).clamp_min(1).sum()) for side in sides)
 
 
 def _kinds_of_runs(plan: Plan) -> tuple[Tensor, Tensor]:

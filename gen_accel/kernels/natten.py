@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.kernels.base import AutoPlace, Facts, Kernel, KernelFailed, must_be_deterministic
-from gen_accel.plan import Boxes, Plan, Windows
+from gen_accel.kernels.base import AutoPlace, Facts, Kernel, KernelFailed, order_reasons
+from gen_accel.plan import Plan, Windows
 
 INSTALL = "pip install natten --no-build-isolation"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -54,11 +54,7 @@ class Natten(Kernel):
             reasons.append("it takes no gain on scores")
         if facts.grad and facts.lse:
             reasons.append("its log-sum-exp has no gradient")
-        if facts.grad and must_be_deterministic():
-            reasons.append(
-                "its backward adds up in no fixed order, which "
-                "torch.use_deterministic_algorithms bars"
-            )
+        reasons += order_reasons(facts)
         if facts.pattern != "windows":
             reasons.append("it takes windows over a grid alone, as Neighborhood makes them")
         elif facts.plan is not None:
@@ -76,7 +72,7 @@ class Natten(Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
         with _on_its_device(q, scale):
-            return over_grid(q, k, v, _boxes(plan), scale=scale)[0]
+            return over_grid(q, k, v, plan, scale=scale)[0]
 
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
@@ -84,7 +80,7 @@ class Natten(Kernel):
         """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
         library writes q's dtype."""
         with _on_its_device(q, scale), torch.no_grad():
-            out, lse = over_grid(q, k, v, _boxes(plan), scale=scale, return_lse=True)
+            out, lse = over_grid(q, k, v, plan, scale=scale, return_lse=True)
         return out, lse
 
 
@@ -106,12 +102,6 @@ def _plan_reasons(plan: Plan) -> list[str]:
     return single or ([] if max(boxes.grid) > 1 else ["the grid is a single token"])
 
 
-def _boxes(plan: Plan) -> Boxes:
-    assert isinstance(plan.partial, Windows)
-    assert plan.partial.boxes is not None
-    return plan.partial.boxes
-
-
 @contextmanager
 def _on_its_device(q: Tensor, scale: float) -> Iterator[None]:
     if scale == 0:
@@ -124,10 +114,12 @@ def _on_its_device(q: Tensor, scale: float) -> Iterator[None]:
 
 
 def over_grid(
-    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float, **lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, **lse: bool
 ) -> list[Tensor]:
     """Compute attention in windows, (B, H, N, D) in and out; with `return_lse=True` also the
     log-sum-exp of each row, (B, H, N) fp32."""
+    boxes = plan.partial.boxes if isinstance(plan.partial, Windows) else None
+    assert boxes is not None
     # NATTEN does not accept an axis of one token.
     long = [axis for axis, size in enumerate(boxes.grid) if size > 1]
     video, sizes = q.shape[2] - boxes.text, [boxes.grid[axis] for axis in long]

@@ -392,21 +392,13 @@ def plain_curve(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Curve:
 def _squares_off_means(x: Tensor, plan: Plan, block: int) -> Tensor:
     """Squared offsets of tokens from the mean of their block, (B, H, blocks, block, D) of slots; 0
     for padding."""
-    real = plan.real.view(-1, block, 1)
     packed = Packed.apply(x.to(torch.promote_types(x.dtype, torch.float32)), plan)
-    tokens = packed.unflatten(2, (-1, block)) * real
-    mean = tokens.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
-    return ((tokens - mean) * real).square()
+    return _off_means(packed, plan, block).unflatten(2, (-1, block)).square()
 
 
 def _mean_square(squares: Tensor, counts: Tensor, held: Tensor) -> Tensor:
-    """Mean over the tokens of all blocks, (B, H, D), each block counted `counts` times.
-
-    Args:
-        squares: output of `_squares_off_means`.
-        counts: (blocks,).
-        held: (blocks,), number of tokens of each.
-    """
+    """Mean of `_squares_off_means`, (B, H, D), over the tokens `held` by all blocks, each block
+    counted `counts` times, (blocks,) both."""
     counts = counts.to(squares.dtype)
     total = (counts * held.to(squares.dtype)).sum(-1, keepdim=True)
     return (squares.sum(3) * counts[..., None]).sum(2) / total.clamp_min(1)
@@ -434,16 +426,16 @@ def plain_slope(
     q, k, v = (x.to(total.dtype) for x in (q, k, v))
     k, v = (Packed.apply(x, plan) for x in (k, v))
     if plan.rest.centre == "query":
-        q = unpack(_off_means(Packed.apply(q, plan), plan.real, plan.block_q), plan)
+        q = unpack(_off_means(Packed.apply(q, plan), plan, plan.block_q), plan)
     # Where nothing is left out there is no gradient either.
     share = -torch.expm1((lse - total).where(total > lse, 0.0))
-    made = _Products.apply(q, _off_means(k, plan.real, plan.block_k), v)
+    made = _Products.apply(q, _off_means(k, plan, plan.block_k), v)
     return joint + (share * (scale / plan.tokens))[..., None] * made
 
 
-def _off_means(x: Tensor, real: Tensor, block: int) -> Tensor:
+def _off_means(x: Tensor, plan: Plan, block: int) -> Tensor:
     """Subtract the mean of each block from x, (B, H, S, D) of slots; padding is 0."""
-    real = real.view(-1, block, 1)
+    real = plan.real.view(-1, block, 1)
     x = x.unflatten(2, (-1, block)) * real
     mean = x.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
     return ((x - mean) * real).flatten(2, 3)

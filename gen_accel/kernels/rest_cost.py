@@ -115,7 +115,8 @@ def kept(problem: Problem, density: float) -> list[KernelWork]:
 def around_keys(problem: Problem) -> list[KernelWork]:
     """List the work around mean keys: the common keys, the means of k, of v, and the columns."""
     means = KernelWork(0, problem.one, problem.one)
-    return [COMMON, means, means, _columns(problem, 2 * problem.one * _share(problem))]
+    share = problem.blocks[0] / problem.block_k  # of mean keys that all query blocks read
+    return [COMMON, means, means, _columns(problem, 2 * problem.one * share)]
 
 
 class Pooling(NamedTuple):
@@ -199,11 +200,6 @@ def pooled_bytes(problem: Problem) -> int:
     """Bytes of the keys and values of all pairs, which never exist at once."""
     Kq, Kk = problem.blocks
     return 2 * problem.heads * Kq * Kk * problem.dim * problem.size
-
-
-def _share(problem: Problem) -> float:
-    """Share of mean keys that all query blocks read, of the tokens."""
-    return problem.blocks[0] / problem.block_k
 
 
 def _columns(problem: Problem, cache: float) -> KernelWork:

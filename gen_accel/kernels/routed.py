@@ -10,6 +10,7 @@ Counting who picked a group waits for the device, so this kernel is for the CPU.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,7 @@ def _groups_of(plan: Plan) -> Groups:
     route = plan.partial
     assert isinstance(route, Route)
     group = route.group.repeat_interleave(plan.block_k)[plan.places]
-    sizes = torch.zeros(route.picks.shape[3], dtype=torch.int64, device=group.device)
-    sizes = sizes.scatter_add(0, group, torch.ones_like(group))
+    sizes = torch.bincount(group, minlength=route.groups)
     picks = route.picks.index_select(2, plan.places)
     return Groups(picks, torch.argsort(group, stable=True), sizes)
 
@@ -91,7 +91,7 @@ def _routed(
     compute = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=compute, device=q.device)
-    for b, h in _heads(q):
+    for b, h in product(*map(range, q.shape[:2])):
         Q, K, V = (x[b, h].to(compute) for x in (q, k, v))
         o, total = out[b, h], lse[b, h]
         for rows, keys in _groups(picks, b, h, tokens, sizes):
@@ -131,7 +131,7 @@ def _backward(
     wide = lse.dtype
     delta = (grad.to(wide) * out.to(wide)).sum(-1) - grad_lse
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    for b, h in _heads(q):
+    for b, h in product(*map(range, q.shape[:2])):
         Q, K, V, G = (x[b, h].to(wide) for x in (q, k, v, grad))
         for rows, keys in _groups(picks, b, h, tokens, sizes):
             queries, upper = Q[rows] * scale, G[rows]
@@ -158,10 +158,6 @@ def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor) -> Values:
 
 
 _routed.register_autograd(_differentiate, setup_context=_save)
-
-
-def _heads(q: Tensor) -> Iterator[tuple[int, int]]:
-    return ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1]))
 
 
 def _groups(

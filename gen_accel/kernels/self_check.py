@@ -96,7 +96,7 @@ def check_rows(
     tokens = torch.linspace(0, plan.tokens - 1, count, device=q.device).long()
     for head in sorted({0, q.shape[1] - 1}):
         _check_finite((q, k, v), head)
-        rows = _rows(q, k, v, plan, 0, head, tokens, scale)
+        rows = _HeadRows(q, k, v, plan, 0, head, tokens, scale)
         exact, weights = rows.answer(torch.float64)
         low = rows.answer(torch.float32, rounded=q.dtype)[0].to(q.dtype)
         error = (out[0, head, tokens].double() - exact).abs().max().item()
@@ -127,7 +127,7 @@ def most_allowed(
     """
     found, tokens = 0.0, torch.arange(plan.tokens, device=q.device)
     for sample, head in product(*map(range, q.shape[:2])):
-        rows = _rows(q, k, v, plan, sample, head, tokens, scale)
+        rows = _HeadRows(q, k, v, plan, sample, head, tokens, scale)
         found = max(found, rows.allowed(kernel, rows.answer(torch.float64)[1]))
     return found
 
@@ -155,7 +155,7 @@ def answer_of_rows(
         tokens: (R,) int64.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    rows = (_rows(q, k, v, plan, 0, head, tokens, scale) for head in range(q.shape[1]))
+    rows = (_HeadRows(q, k, v, plan, 0, head, tokens, scale) for head in range(q.shape[1]))
     return torch.stack([one.answer(wide)[0] for one in rows]).to(q.dtype)
 
 
@@ -163,48 +163,38 @@ class _HeadRows(NamedTuple):
     """Some queries of one head, and everything that they may see.
 
     Args:
-        q, k, v: (1, 1, N, D) of the head.
+        q, k, v: (B, H, N, D).
+        sample, head: of the queries.
         tokens: (R,) int64, the queries.
-        asked: the queries as the reference takes them.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     plan: Plan
+    sample: int
+    head: int
     tokens: Tensor
-    asked: reference.Queries
     scale: float
+
+    def of_head(self, x: Tensor) -> Tensor:
+        return x[self.sample, self.head][None, None]
 
     def answer(
         self, dtype: torch.dtype, rounded: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute the reference's outputs, (R, D), and weights of the kept keys, (R, S), in
         `dtype`; `rounded` is as in `reference.attend`."""
-        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
+        q, k, v = (self.of_head(x).to(dtype) for x in (self.q, self.k, self.v))
+        asked = reference.Queries(self.plan.places[self.tokens], self.sample, self.head)
         with torch.autocast(q.device.type, enabled=False):
             out, _, weights = reference.attend(
-                q, k, v, self.plan, self.asked, scale=self.scale, rounded=rounded
+                q, k, v, self.plan, asked, scale=self.scale, rounded=rounded
             )
         return out[0, 0], weights[0, 0]
 
     def allowed(self, kernel: Kernel, weights: Tensor) -> float:
         """Allowance of the kernel, by the weights of `answer` in fp64."""
-        k, v = (pack(x, self.plan)[0, 0] for x in (self.k, self.v))
-        q = self.q[0, 0, self.tokens]
+        k, v = (pack(self.of_head(x), self.plan)[0, 0] for x in (self.k, self.v))
+        q = self.q[self.sample, self.head, self.tokens]
         return kernel.allowance(q, k, v, weights, plan=self.plan, scale=self.scale)
-
-
-def _rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    sample: int,
-    head: int,
-    tokens: Tensor,
-    scale: float,
-) -> _HeadRows:
-    q, k, v = (x[sample, head][None, None] for x in (q, k, v))
-    asked = reference.Queries(plan.places[tokens], sample, head)
-    return _HeadRows(q, k, v, plan, tokens, asked, scale)

@@ -133,7 +133,8 @@ def over_runs(
     if not own_patterns:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = (x.reshape(-1, 1 if own_patterns else H, D) for x in (q, k, v))
-    runs = _runs(plan, B * H if own_patterns else B)
+    samples = B * H if own_patterns else B
+    runs = plan.prepared((CallParts, samples), lambda: _runs(plan, samples))
     outs = [q[:0] + k[:0] + v[:0]]  # so that the output depends on all, even without a run
     sums = [q.new_empty(0, q.shape[1], dtype=most)]
     k, v = k.to(wide), v.to(wide)  # many runs add into the gradient of one key
@@ -174,10 +175,6 @@ class CallParts(NamedTuple):
 
 
 def _runs(plan: Plan, samples: int) -> CallParts:
-    return plan.prepared((CallParts, samples), lambda: _build(plan, samples))
-
-
-def _build(plan: Plan, samples: int) -> CallParts:
     patterns = _patterns(plan)
     groups: list[list[tuple[Tensor, Tensor]]] = []
     room = 0

@@ -238,13 +238,13 @@ def test_some_heads_at_a_time_are_the_same(name, kind, device, monkeypatch):
     wanted = by_triton(plan)(*tensors)
     monkeypatch.setattr(dispatch, "WIDE", 2 * 4 * plan.tokens * tensors[0].shape[3])
     heads = []
-    own = rest._call
+    own = rest.pooled
 
-    def watched(q, *more):
+    def watched(q, *more, **options):
         heads.append(q.shape[1])
-        return own(q, *more)
+        return own(q, *more, **options)
 
-    monkeypatch.setattr(rest, "_call", watched)
+    monkeypatch.setattr(rest, "pooled", watched)
     made = by_triton(plan)(*tensors)
     assert heads == [2, 1]
     assert torch.equal(made[0], wanted[0])

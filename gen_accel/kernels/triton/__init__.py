@@ -63,15 +63,8 @@ class TritonKernel(Kernel):
     def forward_lse(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32, both with a
-        gradient.
-
-        A row that sees nothing gives zeros and -inf. Queries that pick long groups of keys for
-        themselves are gathered, see `gathered.serves`; all other plans go block by block.
-
-        Args:
-            wide: return the output in fp32, before it is rounded.
-        """
+        """Gather queries that pick long groups of keys for themselves, see `gathered.serves`; go
+        block by block for all other plans."""
         from gen_accel.kernels.triton import block_sparse, gathered  # import triton
         from gen_accel.kernels.triton.launch import operate
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs, packing
 from gen_accel.kernels.triton.int8_forward import int8_forward_kernel, rounded
-from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
+from gen_accel.kernels.triton.launch import laid_out_alike, launch, results, rows, rowwise
 from gen_accel.kernels.triton.sparse_backward import delta_of, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
@@ -154,8 +154,7 @@ def attention(
         wide: return the output in fp32.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
-    out = empty_out(q, wide)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = results(q, wide=wide)
     numbers = rule, gain, block_q, block_k, raster, scale
     _forward(q, k, v, out, lse, (slots, rows, row_counts), *numbers)
     return out, lse
@@ -175,19 +174,23 @@ def _forward(
     raster: bool,
     scale: float,
     *,
+    rounds: bool = False,
     begun: bool = False,
 ) -> None:
-    """Write the output and the log-sum-exp."""
+    """Write the output and the log-sum-exp, with products of 8 bits if it `rounds`."""
+    numbers = rule, gain, block_q, block_k, scale
+    if rounds:
+        ints, halves, *others = rounded(k, v)
+        tensors = q, ints, halves, out, lse, *others
+        launch_over(configs.ROUNDING + "forward", tensors, lists, *numbers, begun=begun)
+        return
     how = way("forward", (k, v), lists, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
         k, v = packing.pack(k, v, lists[0], raster)
-    given = (q, k, v, out, lse), lists, rule, gain, block_q, block_k, scale
-    launch_over(how + "forward", *given, begun=begun)
+    launch_over(how + "forward", (q, k, v, out, lse), lists, *numbers, begun=begun)
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, wide: bool = False) -> tuple[Tensor, Tensor]:
-    return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
+attention.register_fake(results)
 
 
 @torch.library.custom_op("gen_accel::triton_int8", mutates_args=())
@@ -207,35 +210,13 @@ def int8_attention(
 ) -> tuple[Tensor, Tensor]:
     """Run `attention` with products of 8 bits, see `int8_forward`."""
     q, k, v = (rowwise(x) for x in (q, k, v))
-    out, lse = empty_out(q, wide), q.new_empty(q.shape[:3], dtype=torch.float32)
-    lists = slots, rows, row_counts
-    _int8_forward(q, k, v, out, lse, lists, rule, gain, block_q, block_k, scale)
+    out, lse = results(q, wide=wide)
+    numbers = rule, gain, block_q, block_k, False, scale
+    _forward(q, k, v, out, lse, (slots, rows, row_counts), *numbers, rounds=True)
     return out, lse
 
 
-def _int8_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor],
-    rule: list[Tensor],
-    gain: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    *,
-    begun: bool = False,
-) -> None:
-    ints, halves, *others = rounded(k, v)
-    tensors, kind = (q, ints, halves, out, lse, *others), configs.ROUNDING + "forward"
-    launch_over(kind, tensors, lists, rule, gain, block_q, block_k, scale, begun=begun)
-
-
-@int8_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *given: object) -> tuple[Tensor, Tensor]:
-    return empty_out(rowwise(q), bool(given[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+int8_attention.register_fake(lambda q, *given: results(q, wide=given[-1]))
 
 
 @torch.library.custom_op("gen_accel::triton_continued", mutates_args=("out", "lse"))
@@ -263,11 +244,9 @@ def continued(
         rounds: multiply in 8 bits.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
-    given = q, k, v, out, lse, (slots, rows, row_counts), rule, gain, block_q, block_k
-    if rounds:
-        _int8_forward(*given, scale, begun=True)
-    else:
-        _forward(*given, raster, scale, begun=True)
+    numbers = rule, gain, block_q, block_k, raster, scale
+    lists = slots, rows, row_counts
+    _forward(q, k, v, out, lse, lists, *numbers, rounds=rounds, begun=True)
 
 
 @continued.register_fake

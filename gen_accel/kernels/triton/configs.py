@@ -306,12 +306,7 @@ LIKE = {"sm_86": "sm_120", "sm_89": "sm_120"}
 
 
 def _shared(tables: Iterable[dict], keyed: Iterable[dict]) -> None:
-    """Fill the rows that architectures of LIKE share.
-
-    Args:
-        tables: by architecture.
-        keyed: by tuples that begin with the architecture.
-    """
+    """Fill the rows that architectures of LIKE share, of `keyed` by tuples that begin with one."""
     for arch, like in LIKE.items():
         for table in tables:
             table.setdefault(arch, table[like])

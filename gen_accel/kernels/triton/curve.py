@@ -19,7 +19,6 @@ square is worth, less the mean over its block.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +43,7 @@ from gen_accel.kernels.triton.tiles import (
     load_rows,
     of_head,
     off_mean,
+    one_row,
     own_tile,
     store_rows,
 )
@@ -72,22 +72,9 @@ def _block(
 
 
 @triton.jit
-def _off(x, o_t, b_mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`off_mean` for whole rows."""
-    return off_mean(x, o_t, tl.arange(0, BLOCK_D), b_mean, D)
-
-
-@triton.jit
-def _of_head(x, i_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load a row of (heads, D), [BLOCK_D]."""
-    o_d = tl.arange(0, BLOCK_D)
-    return tl.load(x + i_head * D + o_d, mask=o_d < D, other=0.0)
-
-
-@triton.jit
 def _factors(weight, by, i_head, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return w, u, w . u with 1 in place of 0, and c."""
-    b_w, b_u = _of_head(weight, i_head, D, BLOCK_D), _of_head(by, i_head, D, BLOCK_D)
+    b_w, b_u = one_row(weight, i_head, D, BLOCK_D), one_row(by, i_head, D, BLOCK_D)
     b_both = tl.sum(b_w * b_u, 0)
     b_safe = tl.where(b_both > 0.0, b_both, 1.0)
     return b_w, b_u, b_safe, tl.where(b_both > 0.0, scale / b_safe, 0.0)
@@ -115,7 +102,7 @@ def block_squares_kernel(
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
+        b_off = off_mean(x, o_t, tl.arange(0, BLOCK_D), b_mean, D)
         b_square = b_off * b_off
         if WEIGHED:
             b_g = tl.load(drise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
@@ -183,7 +170,7 @@ def rise_kernel(
     b_u *= b_c
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
+        b_off = off_mean(x, o_t, tl.arange(0, BLOCK_D), b_mean, D)
         b_rise = tl.sum(b_off * b_off * b_u[None, :], 1)
         tl.store(rise + i_head * N + o_t, b_rise, mask=o_t >= 0)
 
@@ -225,10 +212,10 @@ def off_means_backward_kernel(
     """Write the gradients of the QUERIES, or of the keys, of each block. `sums` holds a."""
     i_block, i_head, x, b_mean, b_held = _block(x, slots, H, D, BLOCK_D, BLOCK, TILE)
     b_w, b_u, b_safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
-    b_a = _of_head(sums, i_head, D, BLOCK_D)
+    b_a = one_row(sums, i_head, D, BLOCK_D)
     b_less = b_c * tl.sum(b_u * b_a, 0) / b_safe
     if QUERIES:
-        b_all = _of_head(dweight, i_head, D, BLOCK_D) - b_less * b_u
+        b_all = one_row(dweight, i_head, D, BLOCK_D) - b_less * b_u
     else:
         b_all = b_c * b_a - b_less * b_w
     times += i_head // H * times_b + i_head % H * times_h
@@ -240,12 +227,12 @@ def off_means_backward_kernel(
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
+        b_off = off_mean(x, o_t, tl.arange(0, BLOCK_D), b_mean, D)
         b_sum += tl.sum(b_off * _slope(drise, o_t, b_own, b_all, QUERIES), 0)
     b_sum /= b_held
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_off = _off(x, o_t, b_mean, D, BLOCK_D)
+        b_off = off_mean(x, o_t, tl.arange(0, BLOCK_D), b_mean, D)
         b_dx = b_off * _slope(drise, o_t, b_own, b_all, QUERIES) - b_sum[None, :]
         store_rows(dx, o_t, 2 * b_dx, D, BLOCK_D)
 
@@ -281,17 +268,6 @@ class CurveSide(NamedTuple):
     times: Tensor
     block: int
 
-    def launch(
-        self,
-        kernel: triton.JITFunction,
-        tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
-        *numbers: float,
-        **flags: bool,
-    ) -> None:
-        """Run `launch_blocks` over the blocks of x, which is the first of the kernel's tensors."""
-        given = self.x, self.slots, self.block, (*rows(self.x), *tensors)
-        launch_blocks(kernel, *given, *numbers, **flags)
-
 
 @torch.library.custom_op("gen_accel::triton_curve", mutates_args=())
 def curve(
@@ -322,8 +298,8 @@ def curve(
     rise, weight, by, totals, query_means, key_means = _like(q, times_q, times_k)
     _mean_squares(queries, held_q, weight, totals[0], query_means)
     _mean_squares(keys, held_k, by, totals[1], key_means)
-    sizes = *q.shape[1:3], CURVATURE * scale**2
-    queries.launch(rise_kernel, (weight, by, rise), *sizes)
+    tensors, sizes = (*rows(queries.x), weight, by, rise), (*q.shape[1:3], CURVATURE * scale**2)
+    launch_blocks(rise_kernel, queries.x, slots, block_q, tensors, *sizes)
     return rise, weight, by, totals, query_means, key_means
 
 
@@ -363,8 +339,10 @@ def curve_backward(
     for side, total in zip((queries, keys), totals, strict=True):
         dx = torch.empty_like(side.x)
         tensors = drise, weight, by, dweight, sums, side.times, total, *rows(dx)
+        given = side.x, slots, side.block, (*rows(side.x), *tensors)
         numbers = *side.times.stride()[:2], *q.shape[1:3], CURVATURE * scale**2
-        side.launch(off_means_backward_kernel, tensors, *numbers, QUERIES=side is queries)
+        flags = {"QUERIES": side is queries}
+        launch_blocks(off_means_backward_kernel, *given, *numbers, **flags)
         made.append(dx)
     return made[0], made[1]
 
@@ -413,6 +391,7 @@ def _block_squares(
     H, N, D = side.x.shape[1:]
     squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
     given = (squares if x is None else x for x in (drise, means))  # not touched if None
-    sizes = H, N, side.times.shape[2]
-    side.launch(block_squares_kernel, (*given, squares), *sizes, WEIGHED=drise is not None)
+    tensors, sizes = (*rows(side.x), *given, squares), (H, N, side.times.shape[2])
+    of_x, flags = (side.x, side.slots, side.block), {"WEIGHED": drise is not None}
+    launch_blocks(block_squares_kernel, *of_x, tensors, *sizes, **flags)
     return squares

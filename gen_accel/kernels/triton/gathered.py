@@ -21,10 +21,10 @@ from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import block_sparse, configs
-from gen_accel.kernels.triton.launch import empty_out, laid_out_alike, launch, rows, rowwise
+from gen_accel.kernels.triton.launch import laid_out_alike, launch, results, rows, rowwise
 from gen_accel.kernels.triton.listing import block_lists, owners_of
 from gen_accel.kernels.triton.sparse_backward import delta_of, dq_tiles, statistics
-from gen_accel.kernels.triton.sparse_forward import attend_tiles
+from gen_accel.kernels.triton.sparse_forward import attend_tiles, ended
 from gen_accel.kernels.triton.tiles import LN2, NONE, SIZES, load_rows, of_head, store_rows
 from gen_accel.plan import Plan, Route
 
@@ -150,11 +150,8 @@ def gathered_forward_kernel(
         o_t = _owned_tokens(slots, i_s, i_r, S, OWNED, TILE_M)
         b_sum = tl.load(total + o_t, mask=o_t >= 0, other=0.0)
         b_max = tl.load(lse + o_t, mask=o_t >= 0, other=0.0)
-        b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-        b_out = load_rows((acc, D), o_t, D, BLOCK_D, True) / b_safe[:, None]
-        store_rows(out, o_t, b_out, D, BLOCK_D)
-        b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
-        tl.store(lse + o_t, b_lse, mask=o_t >= 0)
+        b_acc = load_rows((acc, D), o_t, D, BLOCK_D, True)
+        ended(out, lse, o_t, b_acc, b_acc, b_sum, b_max, D, BLOCK_D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -252,10 +249,6 @@ def forward_lse(
     return torch.ops.gen_accel.triton_gathered(q, k, v, *given, wide=wide)
 
 
-def owned_slots(device: torch.device) -> int:
-    return INTERPRETED if device.type == "cpu" else OWNED
-
-
 def from_table(
     arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int
 ) -> configs.LaunchConfig:
@@ -309,7 +302,7 @@ def _launch(
     """
     q = tensors[0]
     B, H, N, D = q.shape
-    owned = owned_slots(q.device)
+    owned = INTERPRETED if q.device.type == "cpu" else OWNED
     config = _config(kind, q, block_k)
     picked, ranges = owners_of(picks, slots, owned)
     sizes = {}
@@ -354,8 +347,7 @@ def attention(
         wide: return the output in fp32.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
-    out = empty_out(q, wide)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = results(q, wide=wide)
     slots = slots.int()
     members = _members(group, picks.shape[3])
     for some, of_picks in _by_heads(q, picks, 2 * picks[0, 0].numel()):
@@ -369,9 +361,7 @@ def attention(
     return out, lse
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, wide: bool = False) -> tuple[Tensor, Tensor]:
-    return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
+attention.register_fake(results)
 
 
 @torch.library.custom_op("gen_accel::triton_gathered_backward", mutates_args=())

@@ -26,7 +26,7 @@ from torch import Tensor
 from gen_accel.kernels import rounding
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import WARPS, launch, rows
-from gen_accel.kernels.triton.rest_columns import common_key, common_of, common_scores
+from gen_accel.kernels.triton.rest_columns import common_of, common_scores
 from gen_accel.kernels.triton.sparse_forward import attend_tiles, begun, ended
 from gen_accel.kernels.triton.tiles import (
     BITS,
@@ -34,6 +34,7 @@ from gen_accel.kernels.triton.tiles import (
     SIZES,
     load_rows,
     of_head,
+    one_row,
     own_list,
     own_tile,
     store_rows,
@@ -74,12 +75,12 @@ def round_kernel(
     o_t = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.where(o_t < N, o_t, -1)
     b_k = load_rows(of_head(k, i_b, i_h), o_t, D, BLOCK_D, True).to(tl.float32)
-    b_k -= common_key(common, i_head, D, BLOCK_D)[None, :]
+    b_k -= one_row(common, i_head, D, BLOCK_D)[None, :]
     b_ints, b_step = in_steps(b_k)
     store_rows(of_head(ints, i_b, i_h), o_t, b_ints, D, BLOCK_D)
     tl.store(steps + i_head * N + o_t, b_step, mask=o_t >= 0)
     b_v = load_rows(of_head(v, i_b, i_h), o_t, D, BLOCK_D, True).to(tl.float32)
-    b_v *= common_key(powers, i_head, D, BLOCK_D)[None, :]
+    b_v *= one_row(powers, i_head, D, BLOCK_D)[None, :]
     store_rows(of_head(halves, i_b, i_h), o_t, b_v, D, BLOCK_D)
 
 
@@ -134,7 +135,7 @@ def int8_forward_kernel(
 
     o_q, o_t = own_tile(slots, i_block, tl.program_id(0) % TILES, BLOCK_Q, TILE_M)
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True).to(tl.float32)
-    b_common = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
+    b_common = common_scores(b_q, one_row(common, i_head, D, BLOCK_D), scale)
     b_ints, b_step = in_steps(b_q)
     given = (b_ints, b_step * scale, b_common, steps + i_head * N)
     if RULE == BITS:

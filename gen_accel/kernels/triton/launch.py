@@ -150,6 +150,8 @@ def laid_out_alike(first: int, count: int = 3) -> Callable[..., tuple[Tensor, ..
     return lambda *given: tuple(map(torch.empty_like, map(rowwise, given[first : first + count])))
 
 
-def empty_out(q: Tensor, wide: bool) -> Tensor:
-    """Allocate a kernel's output, laid out like q, in fp32 where `wide`."""
-    return torch.empty_like(q, dtype=torch.float32 if wide else None)
+def results(q: Tensor, *_: object, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """Allocate a kernel's output, laid out like rows of q, in fp32 where `wide`, and a number for
+    each row, (B, H, N) fp32. The fake of an operator that returns these."""
+    out = torch.empty_like(rowwise(q), dtype=torch.float32 if wide else None)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)

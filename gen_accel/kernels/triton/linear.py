@@ -25,7 +25,14 @@ from torch import Tensor
 
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import laid_out_alike, launch, launch_blocks, rows, rowwise
+from gen_accel.kernels.triton.launch import (
+    laid_out_alike,
+    launch,
+    launch_blocks,
+    results,
+    rows,
+    rowwise,
+)
 from gen_accel.kernels.triton.tiles import (
     INTERPRETED,
     load_columns,
@@ -371,18 +378,14 @@ def _linear_sets(
 ) -> tuple[Tensor, Tensor]:
     """Compute the output, laid out like phi_q, and the factor of each row, (B, H, N) fp32."""
     phi_q, phi_k, v = (rowwise(x) for x in (phi_q, phi_k, v))
-    out = torch.empty_like(phi_q)
-    by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
+    out, by = results(phi_q)
     total = _sums(phi_k, v, slots, sets, block_k, feature=feature)
     tensors = *rows(phi_q), total, *rows(out), by
     _launch(apply_kernel, phi_q, slots, block_q, tensors, eps, NORMED=True, FEATURE=feature)
     return out, by
 
 
-@_linear_sets.register_fake
-def _(phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(rowwise(phi_q))
-    return out, phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
+_linear_sets.register_fake(results)
 
 
 @torch.library.custom_op("gen_accel::triton_linear_sets_backward", mutates_args=())

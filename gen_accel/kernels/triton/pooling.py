@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton.launch import launch_blocks, rows, rowwise
-from gen_accel.kernels.triton.rest_columns import SIZES, common_key
+from gen_accel.kernels.triton.rest_columns import SIZES
 from gen_accel.kernels.triton.tiles import (
     LN2,
     LOG2E,
@@ -33,6 +33,7 @@ from gen_accel.kernels.triton.tiles import (
     load_rows,
     of_head,
     off_mean,
+    one_row,
     own_tile,
     store_rows,
 )
@@ -70,7 +71,7 @@ def sums_kernel(
     if MEAN:
         b_sum = b_sum / tl.maximum(held, 1).to(tl.float32)
     if LESS:
-        b_sum -= tl.load(common + i_head * D + o_d, mask=o_d < D, other=0.0)
+        b_sum -= one_row(common, i_head, D, BLOCK_D)
     tl.store(out + (i_head * K + i_block) * D + o_d, b_sum, mask=o_d < D)
 
 
@@ -225,7 +226,6 @@ def pool_kernel(
     squares += i_head * N
     key_means += i_head * C * D
     weight += i_head * D
-    o_d = tl.arange(0, BLOCK_D)
     i_first = tl.program_id(0) * BLOCKS
     for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
         b_key = tl.zeros([GROUP, BLOCK_D], tl.float32)
@@ -256,7 +256,7 @@ def pool_kernel(
             b_value = dot(b_low, b_v, b_value * b_decay[:, None])
         # Weights as the products read them: rounded to 16 bits, they have another sum.
         b_safe = tl.where(b_all == 0.0, 1.0, b_all)
-        b_common = common_key(common, i_head, D, BLOCK_D)
+        b_common = one_row(common, i_head, D, BLOCK_D)
         b_key = b_key / b_safe[:, None] - b_common[None, :]
         store_rows((pooled_k + i_c * D, C * D), o_in, b_key, D, BLOCK_D)
         store_rows((pooled_v + i_c * D, C * D), o_in, b_value / b_safe[:, None], D, BLOCK_D)
@@ -268,9 +268,9 @@ def pool_kernel(
         if CURVED:
             tl.debug_barrier()  # keys are read again, so that fewer registers hold them
             b_key = load_rows((pooled_k + i_c * D, C * D), o_in, D, BLOCK_D, True).to(tl.float32)
-            b_mid = tl.load(key_means + i_c * D + o_d, mask=o_d < D, other=0.0)
+            b_mid = one_row(key_means, i_c, D, BLOCK_D)
             b_apart = b_key + (b_common - b_mid)[None, :]
-            b_weight = tl.load(weight + o_d, mask=o_d < D, other=0.0)
+            b_weight = one_row(weight, 0, D, BLOCK_D)
             b_off = tl.sum(b_apart * b_apart * b_weight[None, :], 1)
             b_curve = tl.maximum(b_square / b_safe - b_off, 0.0)  # a rise may be vast
             tl.store(curves + o_p * C + i_c, b_curve * LOG2E, mask=o_i >= 0)
@@ -326,7 +326,7 @@ def pool_backward_kernel(
     b_v = load_rows(of_head(v, i_b, i_h), o_t, D, BLOCK_D, True)
     b_dk = load_rows((dk_sums + i_head * N * D, D), o_t, D, BLOCK_D, True)
     b_dv = load_rows((dv_sums + i_head * N * D, D), o_t, D, BLOCK_D, True)
-    b_own = (b_k.to(tl.float32) - common_key(common, i_head, D, BLOCK_D)[None, :]).to(b_k.dtype)
+    b_own = (b_k.to(tl.float32) - one_row(common, i_head, D, BLOCK_D)[None, :]).to(b_k.dtype)
     b_e = tl.zeros([TILE_N], tl.float32)
     b_de = tl.zeros([TILE_N], tl.float32)
     if CURVED:
@@ -368,8 +368,8 @@ def pool_backward_kernel(
         store_rows((dmean_parts, C * TILES * D), o_in, dot(tl.trans(b_x), b_own), D, BLOCK_D)
     if CURVED:
         o_d = tl.arange(0, BLOCK_D)
-        b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
-        b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
+        b_weight = one_row(weight, i_head, D, BLOCK_D)
+        b_mid = one_row(key_means, i_head * C + i_c, D, BLOCK_D)
         b_off = b_k.to(tl.float32) - b_mid[None, :]
         b_dk += 2 * b_de[:, None] * b_weight[None, :] * b_off
         p_sum = dweight_sums + (i_head * C * TILES + i_part) * D + o_d
@@ -398,9 +398,8 @@ def squares_kernel(
     """Write e of the tokens of one key block."""
     i_c, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k = of_head(k, i_head // H, i_head % H)
-    o_d = tl.arange(0, BLOCK_D)
-    b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
-    b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
+    b_mid = one_row(key_means, i_head * C + i_c, D, BLOCK_D)
+    b_weight = one_row(weight, i_head, D, BLOCK_D)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_c, i_tile, BLOCK, TILE)
         b_off = load_rows(k, o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]

@@ -20,7 +20,7 @@ from gen_accel.kernels.base import Context, Kernel, Values
 from gen_accel.kernels.triton import configs, slope
 from gen_accel.kernels.triton import curve as curves
 from gen_accel.kernels.triton import rest_launches as launches
-from gen_accel.kernels.triton.launch import empty_out, launch, operate, rows, rowwise
+from gen_accel.kernels.triton.launch import launch, operate, results, rows, rowwise
 from gen_accel.kernels.triton.pooling import spread_kernel
 from gen_accel.kernels.triton.rest_columns import common_of
 from gen_accel.kernels.triton.sparse_backward import delta_of
@@ -150,9 +150,11 @@ def rest(
         factor: of the slope.
         wide: return the output in fp32.
     """
-    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale, factor)
-    out = empty_out(call.q, wide)
-    lse, low_lse = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+    q, k, v = (rowwise(x) for x in (q, k, v))
+    of_plan = keep.view(torch.uint8), slots, held_q, held_k
+    call = launches.RestCall(q, k, v, *of_plan, common_of(k), block_q, block_k, scale, factor)
+    out, lse = results(q, wide=wide)
+    low_lse = torch.empty_like(lse)
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
         launches.forward(call, pooled, None, state, out, lse, low_lse)(chunk)
@@ -171,8 +173,8 @@ def rest(
 
 @rest.register_fake
 def _(q: Tensor, *given: object, wide: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    lse, low_lse = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    return empty_out(rowwise(q), wide), lse, low_lse
+    out, lse = results(q, wide=wide)
+    return out, lse, torch.empty_like(lse)
 
 
 @torch.library.custom_op("gen_accel::triton_rest_backward", mutates_args=())
@@ -199,11 +201,13 @@ def rest_backward(
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k, v, rise and weight; empty where an input is None."""
-    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale, factor)
+    q, k, v = (rowwise(x) for x in (q, k, v))
+    of_plan = keep.view(torch.uint8), slots, held_q, held_k
+    call = launches.RestCall(q, k, v, *of_plan, common_of(k), block_q, block_k, scale, factor)
     grad, grad_lse = rowwise(grad.to(q.dtype)), grad_lse.contiguous()
     delta = delta_of(out, grad, low_lse, grad_lse)
     back = launches.RestGrads(grad, grad_lse, low_lse, delta)
-    dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     drise, dweight = delta.new_empty(_shape(rise)), delta.new_empty(_shape(weight))
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
@@ -248,26 +252,6 @@ def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor, _: object) -> V
 
 
 rest.register_autograd(_differentiate, setup_context=_save)
-
-
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    slots: Tensor,
-    held_q: Tensor,
-    held_k: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    factor: float,
-) -> launches.RestCall:
-    q, k, v = rowwise(q), rowwise(k), rowwise(v)
-    held = slots, held_q, held_k
-    return launches.RestCall(
-        q, k, v, keep.view(torch.uint8), *held, common_of(k), block_q, block_k, scale, factor
-    )
 
 
 def _heads(call: launches.RestCall) -> Iterator[slice]:

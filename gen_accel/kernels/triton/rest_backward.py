@@ -15,10 +15,7 @@ from gen_accel.kernels.triton.rest_columns import (
     MOST,
     SIZES,
     column_bias,
-    column_curve,
-    common_key,
     pair_at,
-    rises,
 )
 from gen_accel.kernels.triton.sparse_backward import statistics
 from gen_accel.kernels.triton.tiles import (
@@ -26,6 +23,7 @@ from gen_accel.kernels.triton.tiles import (
     dot,
     load_rows,
     of_head,
+    one_row,
     own_tile,
     store_rows,
 )
@@ -95,7 +93,7 @@ def columns_dq_kernel(
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     b_drise = tl.zeros([TILE_M], tl.float32)
     if CURVED:
-        b_rise = rises(rise + i_head * N, o_t)
+        b_rise = tl.load(rise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
     for i_c in range(0, C, TILE_N):
         o_c = i_c + tl.arange(0, TILE_N)
         o_in = tl.where(o_c < C, o_c, -1)
@@ -105,7 +103,7 @@ def columns_dq_kernel(
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale + b_bias[None, :]
         if CURVED:
-            b_curve = column_curve(curves, o_c, C)
+            b_curve = tl.load(curves + o_c, mask=o_c < C, other=0.0)
             b_gain = b_rise[:, None] * b_curve[None, :]
             b_s += tl.minimum(b_gain, MOST)
         b_p = tl.exp2(b_s - b_lse[:, None])
@@ -115,11 +113,10 @@ def columns_dq_kernel(
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     b_given = tl.load(grad_lse + i_head * N + o_t, mask=o_t >= 0, other=0.0)
     b_given = tl.where(b_lse < float("inf"), b_given, 0.0)  # whatever is given to no columns
-    b_dq += b_given[:, None] * common_key(common, i_head, D, BLOCK_D)[None, :]
+    b_dq += b_given[:, None] * one_row(common, i_head, D, BLOCK_D)[None, :]
     b_dq *= scale * LN2
     if CENTRED:
-        o_d = tl.arange(0, BLOCK_D)
-        b_dmean = tl.load(dmeans + i_set * D + o_d, mask=o_d < D, other=0.0)
+        b_dmean = one_row(dmeans, i_set, D, BLOCK_D)
         b_dq += b_dmean[None, :] / tl.maximum(tl.load(held + 2 * i_block), 1.0)
     if CURVED:
         tl.store(drise + i_head * N + o_t, b_drise * LN2, mask=o_t >= 0)
@@ -162,7 +159,7 @@ def _columns_sums(
     b_dbias = tl.zeros([TILE_N], tl.float32)
     b_dcurve = tl.zeros([TILE_N], tl.float32)
     if CURVED:
-        b_curve = column_curve(curves, o_c, C)
+        b_curve = tl.load(curves + o_c, mask=o_c < C, other=0.0)
     # Places are fetched one tile ahead, so that loads depend on no load of the same turn.
     _, o_t = own_tile(slots, start // TILES, start % TILES, BLOCK_Q, TILE_M)
     for i in range(start, stop):
@@ -174,7 +171,7 @@ def _columns_sums(
         # [TILE_N, TILE_M]
         b_s = dot(b_k, tl.trans(b_q)) * scale + b_bias[:, None]
         if CURVED:
-            b_rise = rises(rise, o_t)
+            b_rise = tl.load(rise + o_t, mask=o_t >= 0, other=0.0)
             b_gain = b_curve[:, None] * b_rise[None, :]
             b_s += tl.minimum(b_gain, MOST)
         b_p = tl.exp2(b_s - b_lse[None, :])
@@ -311,7 +308,7 @@ def columns_dpooled_kernel(
         *(D, BLOCK_D, BLOCK_Q, TILE_M, TILE_N, True, CURVED),
     )
     o_d = tl.arange(0, BLOCK_D)
-    b_mean = tl.load(means + (i_head * R + i_block) * D + o_d, mask=o_d < D, other=0.0)
+    b_mean = one_row(means, i_head * R + i_block, D, BLOCK_D)
     b_dk -= b_dbias[:, None] * b_mean.to(tl.float32)[None, :]
     b_dk *= scale * LN2
     p_pair = i_set * C + o_c
@@ -321,7 +318,7 @@ def columns_dpooled_kernel(
     store_rows((pooled_dv + i_set * C * D, D), o_in, b_dv, D, BLOCK_D)
     b_v = load_rows((pooled_v + i_set * C * D, D), o_in, D, BLOCK_D, True)
     b_shift = tl.sum(b_dv.to(tl.float32) * b_v.to(tl.float32), 1)
-    b_common = common_key(common, i_head, D, BLOCK_D)
+    b_common = one_row(common, i_head, D, BLOCK_D)
     if CURVED:
         b_key = load_rows((pooled_k + i_set * C * D, D), o_in, D, BLOCK_D, True).to(tl.float32)
         b_mid = load_rows((key_means + i_head * C * D, D), o_in, D, BLOCK_D, True).to(tl.float32)
@@ -329,9 +326,9 @@ def columns_dpooled_kernel(
         p_part = (i_head * R + i_block) * tl.num_programs(0) + tl.program_id(0)
         b_part = tl.sum(b_dcurve[:, None] * b_apart * b_apart, 0)
         tl.store(dweight_parts + p_part * D + o_d, b_part, mask=o_d < D)
-        b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
+        b_weight = one_row(weight, i_head, D, BLOCK_D)
         b_square = tl.sum(b_apart * b_apart * b_weight[None, :], 1)
-        b_square += column_curve(curves + i_set * C, o_c, C) * LN2
+        b_square += tl.load(curves + i_set * C + o_c, mask=o_c < C, other=0.0) * LN2
         b_shift += b_dcurve * b_square
         tl.store(dcurves + p_pair, b_dcurve, mask=o_c < C)
         b_dk -= b_dcurve[:, None] * (2 * b_apart * b_weight[None, :])

@@ -37,6 +37,7 @@ from gen_accel.kernels.triton.tiles import (
     load_rows,
     matrix,
     of_head,
+    one_row,
     own_tile,
     store_rows,
 )
@@ -47,13 +48,6 @@ WARPS = 4
 SIZES = ("keep_b", "keep_h", "keep_r", "keep_c", "first", "last", "groups", "H", "N", "R", "C")
 
 MOST = tl.constexpr(MOST_GAINED / math.log(2))  # the most that a curve adds to a score
-
-
-@triton.jit
-def common_key(common, i_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load c of a head, [BLOCK_D] fp32; zeros past D."""
-    o_d = tl.arange(0, BLOCK_D)
-    return tl.load(common + i_head * D + o_d, mask=o_d < D, other=0.0)
 
 
 @triton.jit
@@ -118,16 +112,6 @@ def column_bias(bias, keep, keep_c, o_c, C, CENTRED: tl.constexpr):
         b_kept = tl.load(keep + o_c.to(tl.int64) * keep_c, mask=o_c < C, other=1)
         b_bias = tl.where(b_kept != 0, -float("inf"), b_bias)
     return b_bias
-
-
-@triton.jit
-def column_curve(curves, o_c, C):
-    return tl.load(curves + o_c, mask=o_c < C, other=0.0)
-
-
-@triton.jit
-def rises(rise, o_t):
-    return tl.load(rise + o_t, mask=o_t >= 0, other=0.0)
 
 
 @triton.jit
@@ -222,9 +206,9 @@ def columns_forward_kernel(
     b_q = load_rows(of_head(q, i_b, i_h), o_t, D, BLOCK_D, True)
     b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
     b_high = b_acc
-    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
+    b_less = common_scores(b_q, one_row(common, i_head, D, BLOCK_D), scale)
     if CURVED:
-        b_rise = rises(rise + i_head * N, o_t)
+        b_rise = tl.load(rise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     for i_c in range(0, C, TILE_N):
@@ -235,7 +219,8 @@ def columns_forward_kernel(
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale + b_bias[None, :]
         if CURVED:
-            b_s += tl.minimum(b_rise[:, None] * column_curve(curves, o_c, C)[None, :], MOST)
+            b_curve = tl.load(curves + o_c, mask=o_c < C, other=0.0)
+            b_s += tl.minimum(b_rise[:, None] * b_curve[None, :], MOST)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far
         b_p = tl.exp2(b_s - b_shift[:, None])

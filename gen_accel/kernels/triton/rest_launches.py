@@ -134,10 +134,6 @@ class RestCall(NamedTuple):
         """H, N, Kq, Kk, the arguments of kernels before the scale."""
         return *self.q.shape[1:3], *self.blocks
 
-    @property
-    def dims(self) -> dict[str, int]:
-        return configs.dims(self.q.shape[3])
-
 
 class Chunk(NamedTuple):
     """Pairs of a head and a query block that share one set of tensors: groups `first` to `last`,
@@ -248,7 +244,7 @@ def _prepared(
         *tensors,
         *numbers,
         call.scale / math.log(2),
-        **call.dims,
+        **configs.dims(call.q.shape[3]),
         **sizes,
         TILE_N=config.tile_n,
         **config.stages,

@@ -26,9 +26,6 @@ where inputs are; where inputs are fp16, whose range is too small for these sums
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -217,43 +214,12 @@ def state_of(k: Tensor, v: Tensor, plan: Plan) -> Tensor:
 
 @torch.library.custom_op("gen_accel::triton_slope_state", mutates_args=())
 def _state(k: Tensor, v: Tensor, slots: Tensor, block_k: int) -> Tensor:
-    return _sum_of_products(rowwise(k), rowwise(v), SlopeSide(slots, block_k))
+    return _sum_of_products(rowwise(k), rowwise(v), slots, block_k)
 
 
 @_state.register_fake
 def _(k: Tensor, v: Tensor, *given: object) -> Tensor:
     return _matrices(k)
-
-
-class SlopeSide(NamedTuple):
-    """Side of a call: blocks of queries or of keys.
-
-    Args:
-        slots: (S,) int32.
-        block: slots in a block.
-        centred: whether the mean of a block is subtracted from its tokens.
-    """
-
-    slots: Tensor
-    block: int
-    centred: bool = True
-
-    @property
-    def blocks(self) -> int:
-        return self.slots.numel() // self.block
-
-    def launch(
-        self,
-        kernel: triton.JITFunction,
-        x: Tensor,
-        tensors: Sequence[Tensor | tuple[Tensor | int, ...]],
-        *numbers: float,
-        **flags: int,
-    ) -> None:
-        """Run `launch_blocks` over the blocks of x, in q's dtype."""
-        config = configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
-        given = x, self.slots, self.block, tensors
-        launch_blocks(kernel, *given, *numbers, config=config, **flags)
 
 
 @torch.library.custom_op("gen_accel::triton_slope", mutates_args=())
@@ -275,11 +241,11 @@ def slope(
         slots: (S,) int32, the token of each slot, -1 for padding.
     """
     joint, q, k, v = (rowwise(x) for x in (joint, q, k, v))
-    made = _sum_of_products(k, v, SlopeSide(slots, block_k))
+    made = _sum_of_products(k, v, slots, block_k)
     out = torch.empty_like(joint)
-    queries = SlopeSide(slots, block_q, around_queries)
-    tensors = *rows(joint, q), made, *rows(out)
-    queries.launch(slope_add_kernel, q, tensors, q.shape[1], factor, CENTRED=around_queries)
+    given, config = (*rows(joint, q), made, *rows(out)), _config(q)
+    given = q, slots, block_q, given, q.shape[1], factor
+    launch_blocks(slope_add_kernel, *given, config=config, CENTRED=around_queries)
     return out, made
 
 
@@ -308,13 +274,15 @@ def slope_backward(
     """
     grad, q, k, v = (rowwise(x) for x in (grad.to(q.dtype), q, k, v))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    queries, keys = SlopeSide(slots, block_q, around_queries), SlopeSide(slots, block_k)
+    config, numbers = _config(q), (q.shape[1], factor)
     given, flags = (*rows(grad), made, *rows(dq)), {"CENTRED": around_queries}
-    queries.launch(slope_queries_backward_kernel, q, given, q.shape[1], factor, **flags)
-    back = _sum_of_products(q, grad, queries)
+    kernel = slope_queries_backward_kernel
+    launch_blocks(kernel, q, slots, block_q, given, *numbers, config=config, **flags)
+    back = _sum_of_products(q, grad, slots, block_q, centred=around_queries)
     for x, dx, transposed in ((k, dv, False), (v, dk, True)):
         given, flags = (*rows(x), back, *rows(dx)), {"TRANSPOSED": transposed}
-        keys.launch(slope_keys_backward_kernel, x, given, q.shape[1], factor, **flags)
+        kernel = slope_keys_backward_kernel
+        launch_blocks(kernel, x, slots, block_k, given, *numbers, config=config, **flags)
     return dq, dk, dv
 
 
@@ -342,21 +310,26 @@ def _matrices(x: Tensor) -> Tensor:
     return x.new_empty(B, H, D, D, dtype=configs.state_dtype(x.dtype))
 
 
-def _sum_of_products(x: Tensor, y: Tensor, side: SlopeSide) -> Tensor:
-    """Sum x^T y over all tokens, (B, H, D, D), with means subtracted from x where the side is
-    centred."""
+def _config(x: Tensor) -> configs.LinearConfig:
+    return configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
+
+
+def _sum_of_products(
+    x: Tensor, y: Tensor, slots: Tensor, block: int, *, centred: bool = True
+) -> Tensor:
+    """Sum x^T y over all tokens, (B, H, D, D), with means of blocks subtracted from x if
+    `centred`."""
     B, H, _, D = x.shape
-    blocks = configs.part_blocks(D, side.block)
-    count = triton.cdiv(side.blocks, blocks)
+    K, blocks = slots.numel() // block, configs.part_blocks(D, block)
+    count = triton.cdiv(K, blocks)
     parts = x.new_empty(B, H, count, D, D, dtype=torch.float32)
-    side.launch(
+    launch_blocks(
         slope_parts_kernel,
-        x,
-        (*rows(x, y), parts),
-        *(H, side.blocks),
+        *(x, slots, block, (*rows(x, y), parts), H, K),
+        config=_config(x),
         programs=count,
-        TILE=configs.part_tile(configs.architecture(x.device), x.dtype, side.block),
+        TILE=configs.part_tile(configs.architecture(x.device), x.dtype, block),
         BLOCKS=blocks,
-        CENTRED=side.centred,
+        CENTRED=centred,
     )
     return _matrices(x).copy_(parts.sum(2))

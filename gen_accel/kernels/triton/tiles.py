@@ -152,6 +152,13 @@ def load_rows(x, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constex
 
 
 @triton.jit
+def one_row(x, i_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load a row of a contiguous (rows, D), [BLOCK_D]; zeros past D."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(x + i_row * D + o_d, mask=o_d < D, other=0.0)
+
+
+@triton.jit
 def store_rows(x, o_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     store_columns(x, o_t, tl.arange(0, BLOCK_D), b_x, D)
 
