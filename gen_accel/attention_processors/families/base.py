@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -40,12 +40,13 @@ from gen_accel.attention_processors.families.sites import (
     Removable,
     SelfAttention,
     SplitPlan,
-    add_beside_text,
-    add_to_first_call,
+    beside_text,
     image_sites,
+    in_first_call,
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.seam import add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.registry import FIRST, KINDS, LAST, VIDEO
 from gen_accel.served import FAMILIES
@@ -72,6 +73,8 @@ SEPARATE = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = (*SEPARATE, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 BOTH_FEED_FORWARDS = (*FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
+# `lora_targets` of blocks of two streams, and then of one.
+STREAMS = {"attention": JOINT, "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out")}
 
 
 @dataclass(frozen=True)
@@ -530,9 +533,12 @@ class Family:
 
     def self_attentions(self, transformer: Model) -> list[SelfAttention]:
         """The attentions over the tokens of video or image."""
-        config, own = transformer.config, self.attention
-        heads, dim = config.num_attention_heads, config.attention_head_dim
-        return in_stacks(transformer, own.stacks, heads, dim, own.name)
+        own = self.attention
+        return in_stacks(transformer, own.stacks, *self._heads(transformer.config), own.name)
+
+    def _heads(self, config: Config) -> tuple[int, int]:
+        """Number of attention heads, and the dim of one."""
+        return config.num_attention_heads, config.attention_head_dim
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The token grid, one frame for an image, and as its text all other tokens that attend
@@ -656,13 +662,11 @@ class Family:
         """Samples a second of the sound that `encode_sound` takes."""
         raise ValueError(f"no training with sound for {self.models}")
 
-    @torch.no_grad()
     def encode_sound(self, pipe: "DiffusionPipeline", sound: Tensor) -> Tensor:
         """Latents (tokens, D) as `predict_heard` takes them, float32 on the autoencoder's device,
         in the order of time, of sound in stereo, (2, N) in [-1, 1]."""
         raise ValueError(f"no training with sound for {self.models}")
 
-    @torch.no_grad()
     def encode_heard_prompt(
         self, pipe: "DiffusionPipeline", prompts: Sequence[str], max_tokens: int | None = None
     ) -> dict[str, Tensor]:
@@ -709,7 +713,6 @@ class Family:
         without the axis of samples. A tensor (C, f, h, w) is cut to the latents that train."""
         return {FIRST_FRAME: self.encode_video(pipe, pixels_of(pipe, image))[0]}
 
-    @torch.no_grad()
     def last_frame(
         self,
         pipe: "DiffusionPipeline",
@@ -726,7 +729,6 @@ class Family:
         """Whether a model of this config of a transformer takes a control video in each call."""
         return False
 
-    @torch.no_grad()
     def control(self, pipe: "DiffusionPipeline", frames: Sequence["Image"]) -> dict[str, Tensor]:
         """Conditions of a clip with a control video of these frames, without the axis of samples.
         A tensor (C, f, h, w) is cut to the latents that train."""
@@ -896,9 +898,10 @@ class Family:
         """
         call, place = self.attention.call, self.attention.text
         own = self.self_attentions(transformer) if place else []
+        tap = partial(in_first_call, add)
         if any(site.module is one.module for one in own):
-            return add_beside_text(transformer, site, call, add, text_first=place == "before")
-        return add_to_first_call(transformer, site, call, add)
+            tap = partial(beside_text, add, place == "before", site.by_sample)
+        return add_tap(site.module, call, tap, model=transformer)
 
     def no_frames(self, transformer: Model, given: Given) -> str | None:
         """Reason why this forward pass does not tell the frames of the video in its latents, None

@@ -38,7 +38,7 @@ from gen_accel.attention_processors.families.rotary import (
     stock_rotary,
     turned_pairs,
 )
-from gen_accel.attention_processors.families.sites import Model, SelfAttention, in_stacks
+from gen_accel.attention_processors.families.sites import Model, SelfAttention
 from gen_accel.attention_processors.families.wan import temporal_dim
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -309,7 +309,11 @@ class Cosmos3(Family):
         ),
     }
     sizes = Sizes(temporal=4, spatial=16)
-    attention = Attention(timestep="vision_timesteps")  # (noisy tokens,)
+    attention = Attention(
+        stacks=("layers",),
+        name="self_attn",
+        timestep="vision_timesteps",  # (noisy tokens,)
+    )
     pipelines = {
         "Cosmos3OmniPipeline": PipelineInputs(
             "cosmos3", image="image", video="video", role="continued", size=(720, 1280)
@@ -333,10 +337,10 @@ class Cosmos3(Family):
         )
 
     def self_attentions(self, transformer: Model) -> list[SelfAttention]:
-        config = transformer.config
-        heads, dim = config.num_attention_heads, config.head_dim
-        blocks = in_stacks(transformer, ("layers",), heads, dim, "self_attn")
-        return [block._replace(call=1) for block in blocks]
+        return [site._replace(call=1) for site in super().self_attentions(transformer)]
+
+    def _heads(self, config: Config) -> tuple[int, int]:
+        return config.num_attention_heads, config.head_dim
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The grid of the generated video: the last one, behind the text and control videos."""

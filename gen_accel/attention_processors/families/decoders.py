@@ -1,6 +1,6 @@
 """Decoders that yield a few frames at a time, as an autoencoder decodes them whole."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,13 +52,22 @@ def _kinds(vae: Model) -> list[str]:
 def frame_by_frame(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Make the calls of `AutoencoderKLWan`, one latent frame after the other, with the cache of
     past features outside the model. Spatial tiles, if enabled, have a cache each."""
-    decode: Decode | None = None
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    def of_tile() -> Decode:
+        frames = _WanFrames(vae)
+        return lambda part: frames(vae.post_quant_conv(part))
+
+    decode: _Tiles | _WanFrames | None = None
+    patch = vae.config.patch_size
     for z in parts:
         if decode is None:
-            decode = _wan_tiles(vae, z) or _WanFrames(vae)
+            decode = _tiles_of(vae, z, of_tile, patch or 1) or _WanFrames(vae)
         z = z if isinstance(decode, _Tiles) else vae.post_quant_conv(z)
         for frame in z.split(1, dim=2):
-            yield _unpatchified(vae, decode(frame)).clamp(-1.0, 1.0)
+            pixels = decode(frame)
+            whole = pixels if patch is None else unpatchify(pixels, patch_size=patch)
+            yield whole.clamp(-1.0, 1.0)
 
 
 class _WanFrames:
@@ -78,57 +87,37 @@ class _WanFrames:
         return pixels
 
 
-def _wan_tiles(vae: Model, z: Tensor) -> "_Tiles | None":
-    """Return the spatial tiles that an autoencoder decodes latents in; None if it decodes whole
-    frames."""
-    found, patch = _strided_tiles(vae, z), vae.config.patch_size or 1
-    if found is None:
-        return None
-    for name in ("stride", "overlap", "size"):
-        setattr(found, name, tuple(n // patch for n in getattr(found, name)))
+def _tiles_of(
+    vae: Model, z: Tensor, decoder: Callable[[], Decode], patch: int = 1
+) -> "_Tiles | None":
+    """Return the spatial tiles that an autoencoder decodes latents in, each with a decoder of its
+    own; None if it decodes whole frames.
 
-    def decoder() -> Decode:
-        frames = _WanFrames(vae)
-        return lambda part: frames(vae.post_quant_conv(part))
-
-    return found.filled(decoder)
-
-
-def _strided_tiles(vae: Model, z: Tensor) -> "_Tiles | None":
-    """Return tiles of an autoencoder whose strides are in pixels."""
+    Args:
+        patch: pixels a side in one of what the decoders make.
+    """
     factor, (height, width) = vae.spatial_compression_ratio, z.shape[-2:]
-    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
-    if not vae.use_tiling or (width <= columns and height <= rows):
-        return None
-    stride = vae.tile_sample_stride_height, vae.tile_sample_stride_width
     least = vae.tile_sample_min_height, vae.tile_sample_min_width
-    return _Tiles(
-        vae,
-        range(0, height, stride[0] // factor),
-        range(0, width, stride[1] // factor),
-        (rows, columns),
-        stride,
-        (least[0] - stride[0], least[1] - stride[1]),
-        (height * factor, width * factor),
-    )
-
-
-def _overlapping_tiles(vae: Model, z: Tensor) -> "_Tiles | None":
-    """Return tiles of an autoencoder whose strides are a share of them."""
-    factor, (height, width) = vae.spatial_compression_ratio, z.shape[-2:]
-    rows, columns = vae.tile_latent_min_height, vae.tile_latent_min_width
+    if (share := getattr(vae, "tile_overlap_factor", None)) is None:
+        rows, columns = least[0] // factor, least[1] // factor
+        down, right = vae.tile_sample_stride_height, vae.tile_sample_stride_width
+        steps = down // factor, right // factor
+    else:
+        rows, columns = vae.tile_latent_min_height, vae.tile_latent_min_width
+        down, right = (side - int(side * share) for side in least)
+        steps = int(rows * (1 - share)), int(columns * (1 - share))
     if not vae.use_tiling or (width <= columns and height <= rows):
         return None
-    least, share = (vae.tile_sample_min_height, vae.tile_sample_min_width), vae.tile_overlap_factor
-    overlap = int(least[0] * share), int(least[1] * share)
+    across, along = range(0, height, steps[0]), range(0, width, steps[1])
     return _Tiles(
         vae,
-        range(0, height, int(rows * (1 - share))),
-        range(0, width, int(columns * (1 - share))),
+        {(i, j): decoder() for i in across for j in along},
+        across,
+        along,
         (rows, columns),
-        (least[0] - overlap[0], least[1] - overlap[1]),
-        overlap,
-        (height * factor, width * factor),
+        (down // patch, right // patch),
+        ((least[0] - down) // patch, (least[1] - right) // patch),
+        (height * factor // patch, width * factor // patch),
     )
 
 
@@ -138,6 +127,7 @@ class _Tiles:
     a time.
 
     Args:
+        decoders: by where their tiles begin.
         across, along: where tiles begin, in latents.
         sides: rows and columns of a tile, in latents.
         stride, overlap: of the tiles in pixels, down and to the right.
@@ -145,17 +135,13 @@ class _Tiles:
     """
 
     vae: Model
+    decoders: Mapping[tuple[int, int], Callable[..., Tensor]]
     across: range
     along: range
     sides: tuple[int, int]
     stride: tuple[int, int]
     overlap: tuple[int, int]
     size: tuple[int, int]
-
-    def filled(self, decoder: Callable[[], Decode]) -> "_Tiles":
-        """Give each tile a decoder of its own."""
-        self.decoders = {(i, j): decoder() for i in self.across for j in self.along}
-        return self
 
     def __call__(self, frame: Tensor, **options: Any) -> Tensor:
         vae, above, bands, (rows, columns) = self.vae, list[Tensor](), [], self.sides
@@ -174,13 +160,6 @@ class _Tiles:
         return torch.cat(bands, dim=3)[..., : self.size[0], : self.size[1]]
 
 
-def _unpatchified(vae: Model, pixels: Tensor) -> Tensor:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-    size = vae.config.patch_size
-    return pixels if size is None else unpatchify(pixels, patch_size=size)
-
-
 def part_by_part(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Decode one latent frame after the other by the autoencoder's own decoder, whose parts keep
     what they need of earlier ones. One that looks ahead gives its frames as many latents later as
@@ -189,9 +168,7 @@ def part_by_part(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:
     z = None
     for z in parts:
         if decode is None:
-            tiles = _overlapping_tiles if hasattr(vae, "tile_overlap_factor") else _strided_tiles
-            found = tiles(vae, z)
-            decode = _Frames(vae) if found is None else found.filled(partial(_Frames, vae))
+            decode = _tiles_of(vae, z, partial(_Frames, vae)) or _Frames(vae)
         for frame in z.split(1, dim=2):
             pixels = decode(frame)
             if pixels.shape[2]:

@@ -17,6 +17,7 @@ from gen_accel.attention_processors.families import layers
 from gen_accel.attention_processors.families.base import (
     BOTH_FEED_FORWARDS,
     JOINT,
+    STREAMS,
     Arguments,
     Attention,
     Colors,
@@ -86,10 +87,7 @@ class HunyuanBlocks(Family):
     """Joint attention in blocks of two streams and of one, with positions in a rotary table."""
 
     order = "video, text"
-    lora_targets = {
-        "attention": JOINT,
-        "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out"),
-    }
+    lora_targets = STREAMS
     sizes = Sizes(temporal=4, spatial=8, text=256)
     attention = Attention(stacks=("transformer_blocks", "single_transformer_blocks"), text="after")
 

@@ -11,7 +11,9 @@ from gen_accel.attention_processors.families.base import (
     BOTH_FEED_FORWARDS,
     JOINT,
     SEPARATE,
+    STREAMS,
     Attention,
+    Config,
     Family,
     Generation,
     Given,
@@ -23,17 +25,18 @@ from gen_accel.attention_processors.families.sites import (
     Model,
     SelfAttention,
     in_patches,
-    in_stacks,
     outside_graphs,
     prefix_lengths,
+    text_of_call,
     without_text,
 )
-from gen_accel.attention_processors.seam import Call, add_tap
+from gen_accel.attention_processors.seam import add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.parsing import shown
 from gen_accel.video import VideoShape
 
 _CALL = "F.scaled_dot_product_attention"
+_MLPS = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
 class ImageFamily(Family):
@@ -72,10 +75,7 @@ class QwenImage(ImageFamily):
     order = "text, image, references"
     lora_targets = {
         "attention": JOINT,
-        "feed_forward": (
-            *("img_mlp.net.0.proj", "img_mlp.net.2"),
-            *("txt_mlp.net.0.proj", "txt_mlp.net.2"),
-        ),
+        "feed_forward": _MLPS,
     }
     attention = Attention(text="before", masks="alike")
 
@@ -158,7 +158,7 @@ class ZImage(ImageFamily):
         dim = transformer.dim // heads
         sites = [
             SelfAttention(f"{stack}.{place}", block.attention, place, heads, dim, tokens)
-            for stack, tokens in (("noise_refiner", _image), ("layers", None))
+            for stack, tokens in (("noise_refiner", text_of_call), ("layers", None))
             for place, block in enumerate(getattr(transformer, stack))
         ]
         return [site._replace(layer=layer) for layer, site in enumerate(sites)]
@@ -185,11 +185,6 @@ class ZImage(ImageFamily):
         return tuple(image + _filled(len(text)) for text in given["cap_feats"])
 
 
-def _image(tokens: Tokens, call: Call) -> Tokens:
-    grid = tokens.video.grid
-    return Tokens(VideoShape(*grid, text=call.k.shape[1] - tokens.video.video_tokens))
-
-
 def _filled(tokens: int) -> int:
     """Number of tokens of an image or a text with its learned padding."""
     return -(-tokens // 32) * 32
@@ -214,10 +209,7 @@ class HunyuanImage(ImageFamily):
 
     models = "HunyuanImage 2.1"
     order = "image, text"
-    lora_targets = {
-        "attention": JOINT,
-        "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out"),
-    }
+    lora_targets = STREAMS
     attention = Attention(stacks=("transformer_blocks", "single_transformer_blocks"), text="after")
 
     def _grid(self, transformer: Model, latents: Tensor) -> tuple[int, int, int]:
@@ -240,17 +232,12 @@ class JoyImageEditPlus(ImageFamily):
     order = "image, references, padding, text"
     lora_targets = {
         "attention": ("img_attn_qkv", "img_attn_proj", "txt_attn_qkv", "txt_attn_proj"),
-        "feed_forward": (
-            *("img_mlp.net.0.proj", "img_mlp.net.2"),
-            *("txt_mlp.net.0.proj", "txt_mlp.net.2"),
-        ),
+        "feed_forward": _MLPS,
     }
     attention = Attention(stacks=("double_blocks",), text="after")
 
-    def self_attentions(self, transformer: Model) -> list[SelfAttention]:
-        heads = transformer.config.num_attention_heads
-        dim = transformer.config.hidden_size // heads
-        return in_stacks(transformer, self.attention.stacks, heads, dim, self.attention.name)
+    def _heads(self, config: Config) -> tuple[int, int]:
+        return config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
     def tokens(self, transformer: Model, given: Given) -> Tokens:
         """The grid of the first shape of each sample; ValueError for samples of several sizes."""
@@ -309,10 +296,7 @@ class Flux(FluxBlocks):
     streams, to what leaves the block, with the queries as they are before rotation."""
 
     models = "FLUX.1, Fill, Control, Kontext"
-    lora_targets = {
-        "attention": JOINT,
-        "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out"),
-    }
+    lora_targets = STREAMS
     image_prompts = ImagePrompts("sequential", "transformer_blocks.attn", "flux")
 
     def tap_image(

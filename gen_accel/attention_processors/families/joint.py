@@ -11,6 +11,7 @@ from gen_accel.attention_processors.families import layers
 from gen_accel.attention_processors.families.base import (
     BOTH_FEED_FORWARDS,
     JOINT,
+    STREAMS,
     Attention,
     Colors,
     Family,
@@ -31,6 +32,7 @@ from gen_accel.attention_processors.families.sites import (
     SelfAttention,
     image_sites,
     prefix_lengths,
+    text_of_call,
 )
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
@@ -114,7 +116,7 @@ class Mochi(Family):
 
     def self_attentions(self, transformer: Model) -> list[SelfAttention]:
         sites = super().self_attentions(transformer)
-        return [site._replace(tokens=_of_sample) for site in sites]
+        return [site._replace(tokens=text_of_call) for site in sites]
 
     @torch.no_grad()
     def encode_prompt(
@@ -152,12 +154,6 @@ class Mochi(Family):
         return stock(torch.cat([made, freqs[1:]]), *sizes, **like)
 
 
-def _of_sample(tokens: Tokens, call: Call) -> Tokens:
-    """Tokens with the text of this call, whose padding was left out."""
-    video = tokens.video
-    return Tokens(VideoShape(*video.grid, text=call.k.shape[1] - video.video_tokens))
-
-
 class Motif(Family):
     """Video comes first, in raster order; features of a given image come before the text. Texts
     are padded to one length; a mask hides the padding from all. Blocks of two streams come first,
@@ -168,10 +164,7 @@ class Motif(Family):
 
     models = "Motif-Video"
     order = "video, image features, text"
-    lora_targets = {
-        "attention": JOINT,
-        "feed_forward": (*BOTH_FEED_FORWARDS, "proj_mlp", "proj_out"),
-    }
+    lora_targets = STREAMS
     sizes = Sizes(temporal=4, spatial=8, fps=24, text=512)
     attention = Attention(stacks=("transformer_blocks", "single_transformer_blocks"), text="after")
     image_prompts = ImagePrompts("sequential", adapters="motif")

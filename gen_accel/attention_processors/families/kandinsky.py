@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.attention_processors.families.base import (
+    Attention,
     Config,
     Entries,
     Family,
@@ -30,10 +31,8 @@ from gen_accel.attention_processors.families.rotary import check_shape, rewrite
 from gen_accel.attention_processors.families.sites import (
     ImageAttention,
     Model,
-    SelfAttention,
     image_sites,
     in_patches,
-    in_stacks,
     outside_graphs,
 )
 from gen_accel.attention_processors.tokens import Tokens
@@ -50,26 +49,19 @@ _PROJECTIONS = ("to_query", "to_key", "to_value", "out_layer")
 
 
 class KandinskyBlocks(Family):
-    """Blocks with attention to the grid, and then to the text.
-
-    Attributes:
-        _place: of both attentions in a block, with the dot.
-    """
+    """Blocks with attention to the grid, and then to the text."""
 
     sizes = Sizes(temporal=4, spatial=8)
+    attention = Attention(stacks=("visual_transformer_blocks",), name="self_attention")
     generation = Generation(axes="fhwc")
-    _place = ""
 
-    def self_attentions(self, transformer: Model) -> list[SelfAttention]:
-        config = transformer.config
+    def _heads(self, config: Config) -> tuple[int, int]:
         dim = sum(config.axes_dims)
-        heads, stacks = config.model_dim // dim, ("visual_transformer_blocks",)
-        return in_stacks(transformer, stacks, heads, dim, f"{self._place}self_attention")
+        return config.model_dim // dim, dim
 
     def image_attentions(self, transformer: Model) -> list[ImageAttention]:
-        blocks = range(len(transformer.visual_transformer_blocks))
-        place = f"{self._place}cross_attention"
-        names = [f"visual_transformer_blocks.{i}.{place}" for i in blocks]
+        place = self.attention.name.replace("self", "cross")
+        names = [f"{site.name}.{place}" for site in self.self_attentions(transformer)]
         return image_sites(
             transformer, names, heads="num_heads", to_k="to_key", to_v="to_value", norm="key_norm"
         )
@@ -286,10 +278,10 @@ class Kandinsky6(KandinskyBlocks):
         ),
     }
     sizes = Sizes(temporal=4, spatial=8, text=1024)
+    attention = replace(KandinskyBlocks.attention, name="video_dec_block.self_attention")
     generation = replace(KandinskyBlocks.generation, sound=True)
     image_prompts = ImagePrompts("sequential", adapters="kandinsky6")
     pipelines = {"Kandinsky6TI2VAPipeline": PipelineInputs("kandinsky6", image="image")}
-    _place = "video_dec_block."
 
     def layers(self, transformer: Model) -> Layers:
         return Layers(

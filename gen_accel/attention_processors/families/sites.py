@@ -1,13 +1,12 @@
 """Attentions of a model: where they lie, and how an image prompt is added to one."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.seam import Call, add_tap
+from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
@@ -127,31 +126,18 @@ def image_sites(
     return sites
 
 
-def add_to_first_call(
-    transformer: nn.Module, site: ImageAttention, call: str, add: ImageBranch
-) -> Callable[[], None]:
-    """Tap an attention that has queries of the grid alone; of several calls, the first."""
-    return add_tap(site.module, call, partial(_first_call, add), model=transformer)
-
-
-def add_beside_text(
-    transformer: nn.Module, site: ImageAttention, call: str, add: ImageBranch, *, text_first: bool
-) -> Callable[[], None]:
-    """Tap an attention that has queries of the text beside the queries of the grid."""
-    tap = partial(_video_rows, add, text_first, site.by_sample)
-    return add_tap(site.module, call, tap, model=transformer)
-
-
-def _first_call(add: ImageBranch, call: Call, out: Tensor) -> Tensor:
+def in_first_call(add: ImageBranch, call: Call, out: Tensor) -> Tensor:
+    """Tap of an attention that has queries of the grid alone; of several calls, the first."""
     if call.number:
         return out
     added = add(call.q, slice(0, len(call.q)))
     return out if added is None else out + added.to(out.dtype)
 
 
-def _video_rows(
+def beside_text(
     add: ImageBranch, text_first: bool, by_sample: bool, call: Call, out: Tensor
 ) -> Tensor:
+    """Tap of an attention that has queries of the text beside the queries of the grid."""
     text = call.q.shape[1] - call.tokens
     rows = slice(text, None) if text_first else slice(0, call.tokens)
     first = call.number if by_sample else 0
@@ -187,6 +173,12 @@ def prefix_lengths(mask: Tensor, ahead: int = 0) -> tuple[int, ...] | None:
 def without_text(tokens: Tokens, call: Call) -> Tokens:
     """Tokens of an attention over the grid alone, in a model whose other attentions see text."""
     return Tokens(VideoShape(*tokens.video.grid))
+
+
+def text_of_call(tokens: Tokens, call: Call) -> Tokens:
+    """Tokens with as much text as this call has, whose padding may be left out."""
+    video = tokens.video
+    return Tokens(VideoShape(*video.grid, text=call.k.shape[1] - video.video_tokens))
 
 
 def in_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:

@@ -85,7 +85,7 @@ _PROJECTORS = {  # of the others: `Resampler` or `IdLinear`
     "base": projectors.Linear,
     "flux": projectors.Linear,
 }
-_SAME_KEYS = (
+_SAME_KEYS = (  # variants that may have the same keys
     {"faceid_plus", "faceid_plus_v2"},
     {"faceid", "portrait"},
     {"plus", "portrait", "lynx", "lynx_light"},
@@ -189,8 +189,11 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {shown(variant)}")
     if path.is_dir():
         path = _in_folder(path, None)
-    if path.is_dir():
-        groups, metadata = _read_lynx(path), {}
+    if path.is_dir():  # Lynx, without its reference branch
+        projector, own = (_read_safetensors(path / name)[0] for name in LYNX)
+        flat = {f"image_proj.{k}": x for k, x in projector.items()}
+        flat |= {f"ip_adapter.{k}": x for k, x in own.items()}
+        groups, metadata = _grouped(flat, path), {}
     elif path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
         groups = _grouped(tensors, path)
@@ -215,7 +218,8 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
         )
     found = _variant(groups["image_proj"], layers, lora, path)
     variant = variant or typed(metadata, "variant", str, origin=path, default=None)
-    if variant is not None and not _alike(variant, found):
+    same = variant == found or any({variant, found} <= kinds for kinds in _SAME_KEYS)
+    if variant is not None and not same:
         raise ValueError(f"{path} has the keys of {found!r}, not of {variant!r}")
     file = AdapterFile(
         variant or found,
@@ -458,16 +462,6 @@ def _read_bin(path: Path) -> dict[str, dict[str, Tensor]]:
     return _grouped(flat, path)
 
 
-def _read_lynx(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Read Lynx's two files and add the prefixes of a single file.
-
-    The reference branch of Lynx is not read.
-    """
-    projector, layers = (_read_safetensors(folder / name)[0] for name in LYNX)
-    flat = {f"image_proj.{k}": x for k, x in projector.items()}
-    return _grouped(flat | {f"ip_adapter.{k}": x for k, x in layers.items()}, folder)
-
-
 def _grouped(tensors: Mapping[str, object], path: Path) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in _PREFIXES}
     unknown = []
@@ -524,11 +518,6 @@ def _variant(
     )
 
 
-def _alike(one: str, other: str) -> bool:
-    """Whether two variants may have the same keys."""
-    return one == other or any({one, other} <= same for same in _SAME_KEYS)
-
-
 def _check_whole(file: AdapterFile) -> None:
     """Refuse missing or unexpected keys, by a ValueError, before any model is loaded."""
     with torch.device("meta"):
@@ -537,7 +526,7 @@ def _check_whole(file: AdapterFile) -> None:
                 _new_projector(file, state, name)
     missing = []
     for key, layer in file.layers.items():
-        needed = ["to_k_ip.weight", "to_v_ip.weight"]
+        needed = [*_KEYS_VALUES]
         if any(name.endswith(".bias") for name in layer):
             needed += ["to_k_ip.bias", "to_v_ip.bias"]
         missing += [f"ip_adapter.{key}.{name}" for name in needed if name not in layer]
@@ -598,7 +587,7 @@ def _places(
 ) -> dict[str, ImageAttention]:
     """Map the key of each layer in the file to its attention."""
     kind = type(transformer).__name__
-    _check_base(file, transformer)
+    _check_base(file, sites, transformer)
     blocks = file.told("blocks", dict, {})
     by_name, by_number = {s.name: s for s in sites}, {s.number: s for s in sites}
     second = sites[::2]
@@ -625,13 +614,12 @@ def _places(
     return found
 
 
-def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
+def _check_base(file: AdapterFile, sites: list[ImageAttention], transformer: "ModelMixin") -> None:
     """Refuse an adapter of our own that was written for another base model.
 
     Compares the family and the heads, which the layers depend on.
     """
-    family = family_for(transformer, "image prompts")
-    own = family.image_prompts.adapters
+    own = family_for(transformer, "image prompts").image_prompts.adapters
     said = file.metadata.get("family", own)
     if said != own:
         raise ValueError(
@@ -647,7 +635,7 @@ def _check_base(file: AdapterFile, transformer: "ModelMixin") -> None:
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
     heads = file.told("heads", dict, {})
-    for site in family.image_attentions(transformer):
+    for site in sites:
         if heads.get(site.number, site.heads) != site.heads:
             raise ValueError(
                 f"{file.origin} is for another model: {heads[site.number]} heads in layer "

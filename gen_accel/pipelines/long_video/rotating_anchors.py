@@ -123,19 +123,14 @@ def _within(plan: Plan, allowed: Tensor) -> Plan:
         return plan.changed(keep=keep | (empty & own))
     route = plan.partial
     groups = route.picks.shape[3]
-    seen = _by_group(keep, route.group, groups).repeat_interleave(plan.block_q, 2)
+    kept = keep.float() @ F.one_hot(route.group, groups).float() > 0  # a block of the group
+    seen = kept.repeat_interleave(plan.block_q, 2)
     empty = ~(route.picks & seen).any(-1, keepdim=True)
     slot = torch.arange(len(plan.slots), device=plan.slots.device)
     mine = F.one_hot(route.group[slot // route.block], groups).bool()
     needy = empty.unflatten(2, (-1, plan.block_q)).any(3)
     picks = Route(route.picks | (empty & mine), route.group, route.block)
     return plan.changed(keep=keep | (needy & own), partial=picks)
-
-
-def _by_group(keep: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Mark the groups with at least one kept block, (B, H, Kq, C) bool."""
-    member = F.one_hot(group, groups).float()
-    return keep.float() @ member > 0
 
 
 def _own_blocks(plan: Plan) -> Tensor:

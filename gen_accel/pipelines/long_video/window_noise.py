@@ -14,7 +14,7 @@ windows.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import ClassVar
 
 import torch
@@ -111,9 +111,7 @@ class WindowNoise:
                 f"{type(pipe).__name__}"
             )
 
-        def around(attend: Callable, q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
-            return self.fused(trained, attend, q, k, v, video)
-
+        around = partial(self.fused, trained)
         undo = extend_attention(
             target.subject, AttentionExtension(self.name, trained, around=around)
         )
