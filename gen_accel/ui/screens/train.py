@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import gradio as gr
 from gradio.context import Context
+from pandas import DataFrame
 
 from gen_accel.demo import TRAINED_FRAMES
 from gen_accel.io import named, read_fields, read_text
@@ -26,12 +27,11 @@ from gen_accel.ui.page import (
     Followed,
     Held,
     Page,
-    charted,
     follow,
     html,
     refusing,
 )
-from gen_accel.ui.queue import GIVEN, QueuedJob
+from gen_accel.ui.queue import GIVEN
 from gen_accel.ui.screens.clips import Found, find_clips, save_captions, size_of, thumbnail
 from gen_accel.ui.screens.train_form import FILE, IN_TURN, TrainForm
 from gen_accel.ui.worker import Options, Values
@@ -308,7 +308,7 @@ def _build_run(
         shown |= {clips: html("listed", clips_told(config))}
         for chart, points in zip(charts, curves(out), strict=True):
             columns = zip(*points, strict=True) if points else ((), (), ())
-            table = charted(dict(zip(AXES, columns, strict=True)))
+            table = DataFrame(dict(zip(AXES, columns, strict=True)))
             shown[chart] = gr.LinePlot(value=table, visible=bool(points))
         made = [one for name in ("lora", "image_prompt") if (one := out / name).is_dir()]
         is_lora = bool(made) and made[0].name == "lora"
@@ -316,8 +316,9 @@ def _build_run(
 
     def come_back(held: Held) -> Held:
         """Show the settings of a job, if it is another one than the page knows."""
-        job = page.find(held[view.job])
-        now = "" if job is None else _yaml_of(page, job)
+        now = ""
+        with suppress(OSError, ValueError):  # it was removed meanwhile
+            now = read_text(page.queue.place(held[view.job]) / GIVEN / FILE)
         if not now or now == held[text]:
             return {text: gr.skip()}
         return {**form.fill(form.fields_in(now)), text: now}
@@ -366,13 +367,6 @@ def _parts_of_generate() -> Values:
     names = ["model", "quality", "from_lora", "frames", "height", "width"]
     names += ["advanced", "attention_fold"]
     return {name: found[name] for name in names if name in found}
-
-
-def _yaml_of(page: Page, job: QueuedJob) -> str:
-    try:
-        return read_text(page.queue.place(job) / GIVEN / FILE)
-    except (OSError, ValueError):  # it was removed meanwhile
-        return ""
 
 
 def _mark(out: Path) -> str:
