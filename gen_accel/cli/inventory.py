@@ -201,6 +201,12 @@ def inputs_of(model: ModelInfo) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in held)
 
 
+def methods_of(model: ModelInfo) -> str:
+    """Name the methods of a model in words."""
+    missing = [name for name in METHODS if name not in model.methods]
+    return f"all but {', '.join(missing)}" if missing else "all"
+
+
 def _meanings(kind: type) -> dict[str, str]:
     """First sentence about each option in the "Args:" of a class's docstring."""
     found = dict[str, str]()

@@ -205,12 +205,11 @@ def _details(model: "ModelInfo") -> Iterator[str]:
     if model.refused:
         yield from hanging("  cannot be served: ", model.refused)
         return
-    missing = [name for name in inventory.METHODS if name not in model.methods]
     rows = {
         "models": model.models,
         "family": model.family,
         "published": ", ".join(model.published) or "none that `estimate` knows",
-        "methods": f"all but {', '.join(missing)}" if missing else "all",
+        "methods": inventory.methods_of(model),
         "tokens": model.order,
         "generate from": ", ".join(inventory.inputs_of(model)) or "no: in Python, by `attach`",
         "trained by": "gen-accel train" if model.training else "not by gen-accel train",

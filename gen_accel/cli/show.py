@@ -133,11 +133,11 @@ class ShowConfig(FiguresConfig, MethodChoice):
                 f"--layer is of a tuned preset, got {self.layer} without --preset FILE"
             )
         if self.model is None and not self.is_file:
-            self.check_tokens()
+            self.check_sizes()
         if self.out is None and self.token is not None:
             raise ValueError("--token is drawn in a picture only: add --out mask.png")
 
-    def check_tokens(self) -> None:
+    def check_sizes(self) -> None:
         """Refuse missing sizes in tokens, and more than anybody can draw: pixels by mistake."""
         if self.frames is None or self.height is None or self.width is None:
             raise ValueError(

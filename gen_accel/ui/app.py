@@ -16,7 +16,7 @@ from gen_accel.demo import NAME
 from gen_accel.process import unwinding
 from gen_accel.registry import KEEP_MINUTES, needed_for
 from gen_accel.ui.files import UPLOADS, Places, clear_uploads
-from gen_accel.ui.worker import COMMAND, LONG, Values
+from gen_accel.ui.worker import COMMAND, LONG, Values, command_keeping
 
 UPLOADS_LOOK, UPLOADS_STAY = 3600.0, 86400.0  # seconds: how often they are looked through
 UPLOADS_MOST = 4 << 30  # bytes of all
@@ -138,8 +138,9 @@ class Server:
         may: Values = {"allowed": allow, "models": models, "any_on_hub": hub}
         self.places = Places(folder, [demo.path().parent], **may)
         self.models = (*dict.fromkeys(model for model in models if model != NAME), NAME)
-        keeping = (*COMMAND, f"--keep={60 * keep:g}")
-        self.queue = Queue(folder, command=command or keeping, check=self.places.check)
+        self.queue = Queue(
+            folder, command=command or command_keeping(keep), check=self.places.check
+        )
         self.questions = Questions(folder / "questions.log", command or COMMAND, self.places.check)
         self.app = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
         room = partial(self._clear_uploads, MOST)

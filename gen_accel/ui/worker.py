@@ -153,6 +153,11 @@ def command_line(verb: str, options: Options) -> str:
     return shlex.join(["gen-accel", *arguments(verb, options)])
 
 
+def command_keeping(minutes: float) -> tuple[str, ...]:
+    """Command of a worker in which a model stays for some minutes."""
+    return (*COMMAND, f"--keep={60 * minutes:g}")
+
+
 def time_to_end(verb: str, usual: float) -> float:
     """Seconds that a verb has to end once it was stopped; `usual` for most."""
     return max(usual, LONG.get(verb, usual))

@@ -31,7 +31,7 @@ from gen_accel.ui.page import (
     html,
     refusing,
 )
-from gen_accel.ui.queue import GIVEN
+from gen_accel.ui.queue import GIVEN, QueuedJob
 from gen_accel.ui.screens.clips import Found, find_clips, save_captions, size_of, thumbnail
 from gen_accel.ui.screens.train_form import FILE, IN_TURN, TrainForm
 from gen_accel.ui.worker import Options, Values
@@ -316,9 +316,8 @@ def _build_run(
 
     def come_back(held: Held) -> Held:
         """Show the settings of a job, if it is another one than the page knows."""
-        now = ""
-        with suppress(OSError, ValueError):  # it was removed meanwhile
-            now = read_text(page.queue.place(held[view.job]) / GIVEN / FILE)
+        job = page.find(held[view.job])
+        now = "" if job is None else _yaml_of(page, job)
         if not now or now == held[text]:
             return {text: gr.skip()}
         return {**form.fill(form.fields_in(now)), text: now}
@@ -367,6 +366,13 @@ def _parts_of_generate() -> Values:
     names = ["model", "quality", "from_lora", "frames", "height", "width"]
     names += ["advanced", "attention_fold"]
     return {name: found[name] for name in names if name in found}
+
+
+def _yaml_of(page: Page, job: QueuedJob) -> str:
+    try:
+        return read_text(page.queue.place(job) / GIVEN / FILE)
+    except (OSError, ValueError):  # it was removed meanwhile
+        return ""
 
 
 def _mark(out: Path) -> str:
