@@ -81,8 +81,11 @@ def _ended(message: str, status: int) -> CliExit:
 
 def _refusal(error: Exception) -> str | None:
     """Say what was wrong with the input or the machine; None for a fault of the program."""
-    if isinstance(error, MemoryError) or _is_of_allocator(error):
-        # On the CPU, torch's message names places in its code.
+    torch = sys.modules.get("torch")
+    is_of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    is_of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if isinstance(error, MemoryError) or is_of_cpu or is_of_gpu:
+        # On the CPU, torch has no class for it, and its message names places in its code.
         asked = re.search(r"Allocator: .*allocate ([\d.]+ \w+)", str(error))
         told = f"{asked[1]} more were asked for" if asked else _line(str(error))
         less = "ask for fewer frames, fewer pixels or a smaller model"
@@ -90,14 +93,6 @@ def _refusal(error: Exception) -> str | None:
     if isinstance(error, (ValueError, OSError, ImportError)):
         return str(error) or type(error).__name__
     return None
-
-
-def _is_of_allocator(error: Exception) -> bool:
-    """Whether torch ran out of memory; on the CPU there is no exception class for that."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _fault(error: Exception, args: list[str]) -> str:

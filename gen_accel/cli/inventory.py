@@ -107,15 +107,17 @@ def methods() -> list[MethodInfo]:
         hints, said = get_type_hints(kind, include_extras=True), _meanings(kind)
         options = {
             one.name: FieldInfo(
-                _plain(one.default),
-                _type(hints[one.name]),
+                method_name(one.default)
+                if isinstance(one.default, Method)
+                else as_text(one.default),
+                "the name of a method" if hint is Method else written_type(hint),
                 said.get(one.name, ""),
-                _closed(hints[one.name]),
-                _limits(hints[one.name]),
+                _closed(hint),
+                _limits(hint),
             )
-            for one in options_of(kind)
+            for one, hint in ((one, hints[one.name]) for one in options_of(kind))
         }
-        found.append(MethodInfo(name, _first_line(kind.__doc__), options))
+        found.append(MethodInfo(name, (kind.__doc__ or "").strip().split("\n")[0], options))
     return found
 
 
@@ -130,7 +132,9 @@ def kernels() -> list[KernelInfo]:
             for grad in (False, True):
                 words = f"{device}, {'training' if grad else 'generating'}"
                 where[words] = refusals(name, torch.device(device), dtype, grad=grad)
-        found.append(KernelInfo(name, _first_line(kernel_of(name).__doc__), where))
+        found.append(
+            KernelInfo(name, (kernel_of(name).__doc__ or "").strip().split("\n")[0], where)
+        )
     return found
 
 
@@ -203,10 +207,6 @@ def methods_of(model: ModelInfo) -> str:
     return f"all but {', '.join(missing)}" if missing else "all"
 
 
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]
-
-
 def _meanings(kind: type) -> dict[str, str]:
     """First sentence about each option in the "Args:" of a class's docstring."""
     found = dict[str, str]()
@@ -234,22 +234,7 @@ def _closed(hint: object) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _is_limited(hint: object) -> bool:
-    return get_origin(hint) is Annotated
-
-
 def _limits(hint: object) -> str:
     """Limits of the first number that a type admits; "" without any."""
-    parts = [hint] if _is_limited(hint) else [*members(hint)]
-    return next((str(get_args(part)[1]) for part in parts if _is_limited(part)), "")
-
-
-def _type(hint: object) -> str:
-    return "the name of a method" if hint is Method else written_type(hint)
-
-
-def _plain(default: object) -> str:
-    """Write a default as after `--set field=`."""
-    if type(default) in METHODS.values():
-        return method_name(default)  # pyright: ignore[reportArgumentType]
-    return as_text(default)
+    parts = [hint] if get_origin(hint) is Annotated else [*members(hint)]
+    return next((str(get_args(one)[1]) for one in parts if get_origin(one) is Annotated), "")

@@ -214,11 +214,13 @@ def _within(path: Path) -> list[Path]:
 
 def _print(results: Mapping[str, Mapping[str, Any]], *, is_compared: bool) -> None:
     """Print figures by video; of one video alone without its name."""
-    if len(results) > 1:
+    first, *others = results.values()
+    if others:
         _print_table(results, COMPARED if is_compared else ALONE)
-    for one in results.values() if len(results) == 1 else ():
-        compared = {"frames": f"{one['frames']}", **fidelity_rows(one)} if is_compared else None
-        print_rows(compared or motion_rows(one))
+    elif is_compared:
+        print_rows({"frames": f"{first['frames']}", **fidelity_rows(first)})
+    else:
+        print_rows(motion_rows(first))
     for reason in sorted({why for one in results.values() for why in what_is_missing(one)}):
         typer.echo(reason)
 

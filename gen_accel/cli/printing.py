@@ -20,12 +20,10 @@ from gen_accel.registry import NOT_ASKED
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gen_accel.pipelines.tuning import Preset, Tuned
+    from gen_accel.pipelines.tuning import Preset
 
 STANDARD_OUTPUT = Path("-")
-MOST_ROWS = 12  # of a curve
 CURVE = ("attention", "density", "predicted error", "mean", "worst", "")
-TITLES = {"tuning": "tuning prompts", "held_out": "held-out prompts"}
 
 
 class FiguresConfig(Outputs):
@@ -207,7 +205,7 @@ def preset_lines(preset: "Preset") -> list[str]:
     ]
     if preset.made_for.loras:
         lines.append(f"with LoRAs {', '.join(preset.made_for.loras)}")
-    for name, title in TITLES.items():
+    for name, title in (("tuning", "tuning prompts"), ("held_out", "held-out prompts")):
         scores = [run["score"] for run in preset.measured.get(name, [])]
         if scores:
             lines.append(
@@ -215,16 +213,6 @@ def preset_lines(preset: "Preset") -> list[str]:
                 f"worst {min(scores):.3g}"
             )
     return lines
-
-
-def print_curve(found: "Tuned") -> None:
-    """Print the choices of a tuning, from sparse to dense, with its own and what was measured."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in CURVE:
-        table.add_column(name, justify="left" if name == "" else "right")
-    print_table(table, curve_rows(found.preset.to_dict(), MOST_ROWS))
 
 
 def curve_rows(preset: Mapping[str, Any], most: int | None = None) -> list[list[str]]:

@@ -138,8 +138,7 @@ class ShowConfig(FiguresConfig, MethodChoice):
             raise ValueError("--token is drawn in a picture only: add --out mask.png")
 
     def check_sizes(self) -> None:
-        """Refuse missing sizes in tokens, and tokens that nobody can draw, which are pixels by
-        mistake."""
+        """Refuse missing sizes in tokens, and more than anybody can draw: pixels by mistake."""
         if self.frames is None or self.height is None or self.width is None:
             raise ValueError(
                 "give --frames, --height and --width, in tokens, or --model, whose own they are"
@@ -201,7 +200,12 @@ def show(config: ShowConfig) -> None:
     """
     config.check()
     if config.lora is not None:
-        _show_lora(config, config.lora)
+        with loading(None):
+            from gen_accel.pipelines.generation.loading import file_of, lora_source
+            from gen_accel.pipelines.generation.lora_words import words_of
+        lines, about = words_of(file_of(lora_source(str(config.lora))[0]))
+        width = terminal_width()
+        config.show([part for line in lines for part in wrap(line, width)], about)
         return
     with without(*(unneeded(config.model) if config.extend is None else FOR_WEIGHTS)):
         _show(config)
@@ -236,16 +240,6 @@ def _show(config: ShowConfig) -> None:
     elif not config.is_quiet:
         lines += mask_text(chosen, video, terminal_width()).splitlines()
     config.show(lines, None if config.json_file is None else mask_facts(chosen, video))
-
-
-def _show_lora(config: ShowConfig, lora: Path) -> None:
-    """Print what the file of a LoRA is."""
-    with loading(None):
-        from gen_accel.pipelines.generation.loading import file_of, lora_source
-        from gen_accel.pipelines.generation.lora_words import words_of
-    lines, about = words_of(file_of(lora_source(str(lora))[0]))
-    width = terminal_width()
-    config.show([part for line in lines for part in wrap(line, width)], about)
 
 
 def _resolved(config: ShowConfig, preset: str) -> "tuple[Method, Schedule | None, Preset | None]":

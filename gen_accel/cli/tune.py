@@ -6,7 +6,7 @@ import typer
 
 from gen_accel.cli.app import app
 from gen_accel.cli.loading import loading
-from gen_accel.cli.printing import FiguresConfig, print_curve, print_files
+from gen_accel.cli.printing import CURVE, FiguresConfig, curve_rows, print_files, print_table
 from gen_accel.cli.verb import verb
 from gen_accel.demo import check_known
 from gen_accel.paths import DEMO
@@ -15,6 +15,8 @@ from gen_accel.pipelines.tuning.config import TuneConfig
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.tuning import Tuned
+
+MOST_ROWS = 12  # of a curve
 
 
 @verb(
@@ -69,7 +71,12 @@ def tune(config: TuneConfig, line: FiguresConfig) -> None:
 
 def _print(found: "Tuned", config: TuneConfig, line: FiguresConfig) -> None:
     if not line.is_quiet:
+        from rich.table import Table
+
         typer.echo(str(found))
-        print_curve(found)
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for name in CURVE:
+            table.add_column(name, justify="left" if name == "" else "right")
+        print_table(table, curve_rows(found.preset.to_dict(), MOST_ROWS))
         print_files({"preset": config.out, "profile": config.out.with_suffix(".safetensors")})
     line.show((), found.preset.to_dict())

@@ -69,7 +69,10 @@ def verb(
         fields = [name for name in positional if name in known]
         labels = {name: _metavar(known[name]).rstrip(".") for name in fields}
         parameters: dict[str, tuple[object, bool | None]] = {}
-        parameters |= {name: (_argument(known[name]), None) for name in fields}
+        for name in fields:
+            kind = list[str] if known[name].kind is tuple else str
+            about = typer.Argument(metavar=_metavar(known[name]), help=known[name].help)
+            parameters[name] = Annotated[kind | None, about], None
         if config.VERB:
             parameters["config"] = Annotated[Path | None, file], None
             for name, told in PRINTS.items():
@@ -158,11 +161,6 @@ class VerbCommand(TyperCommand):
         for group, records in {**groups, **last}.items():
             with formatter.section(group):
                 formatter.write_dl(records)
-
-
-def _argument(one: Option) -> object:
-    kind = list[str] if one.kind is tuple else str
-    return Annotated[kind | None, typer.Argument(metavar=_metavar(one), help=one.help)]
 
 
 def _flag(one: Option) -> object:

@@ -95,10 +95,10 @@ def serve(config: ServeConfig) -> None:
     curl http://127.0.0.1:7860/v1/videos -H 'Content-Type: application/json' \\
         -d '{"model": "models/wan", "prompt": "a cat surfs", "size": "832x480"}'
     """
-    _serve(config, page=False, share=False)
+    _serve(config, page=False)
 
 
-def _serve(config: ServeConfig, *, page: bool, share: bool, hub: bool = False) -> None:
+def _serve(config: ServeConfig, *, page: bool, share: bool = False, hub: bool = False) -> None:
     check_package("the web page", "gradio", extra="ui")  # which is imported after a sign of life
     from gen_accel.ui.app import Server, address, listening, run, shared
 

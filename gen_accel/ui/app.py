@@ -169,11 +169,7 @@ class Server:
             "tune": ("Measure & doctor", measure.build),
         }
 
-        with Screens(
-            title="gen_accel",
-            analytics_enabled=False,
-            fill_width=True,
-        ) as blocks:
+        with Screens(title="gen_accel", analytics_enabled=False, fill_width=True) as blocks:
             tab = gr.Textbox(visible="hidden", elem_id="tab")
             pulse = gr.HTML(elem_id="pulse", js_on_load=PULSE)
             shown = gr.Textbox(visible="hidden", elem_id="shown")

@@ -14,7 +14,7 @@ from functools import cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import gradio as gr
 import jinja2
@@ -28,9 +28,6 @@ from gen_accel.ui.files import Places
 from gen_accel.ui.queue import DONE, RUNNING, WAITING, Outlook, Queue, QueuedJob, film_of
 from gen_accel.ui.thumbnails import thumbnail
 from gen_accel.ui.worker import Questions, Values, line_of
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 CLIPS, SHOWN = 12, 30  # in the gallery, and jobs in the queue; the newest first
 Held = dict[Block, Any]  # components with their values
@@ -216,10 +213,6 @@ class Page:
         jobs = (one for one in reversed(self.queue.jobs()) if one.kind == kind and one.tab == tab)
         return next(jobs, None) if tab else None
 
-    def chosen(self, told: str) -> QueuedJob | None:
-        """Find the job that `shown` tells; None if it is gone."""
-        return self.find(told.partition(" ")[0])
-
     def mark(self) -> str:
         """Return a text that changes with any job, as far as the page shows it."""
         seen = [self.queue.trouble]
@@ -304,7 +297,7 @@ def follow(page: Page, prefix: str, *, kind: str) -> Followed:
         return {job: one.id if one and not held[job] else gr.skip()}
 
     def chosen(told: str) -> Held:
-        one = page.chosen(told)
+        one = page.find(told.partition(" ")[0])
         return {job: gr.skip() if one is None or one.kind != kind else one.id}
 
     page.tab.change(last, {page.tab, job}, [job], **QUIETLY)
@@ -332,13 +325,6 @@ def by_names(error: Exception, files: Iterable[str]) -> Exception:
     for file in files:
         sentence = sentence.replace(file, Path(file).name)
     return type(error)(sentence)
-
-
-def charted(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
-    """Make columns the data frame that a chart takes."""
-    import pandas as pd
-
-    return pd.DataFrame({**columns})
 
 
 def json_link(words: str, data: object, name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
+from pandas import DataFrame
 
 from gen_accel.io import read_fields
 from gen_accel.measure.clip_settings import read_settings
@@ -19,7 +20,6 @@ from gen_accel.ui.page import (
     QUIETLY,
     Held,
     Page,
-    charted,
     follow,
     html,
     refusing,
@@ -147,7 +147,7 @@ def build(page: Page) -> None:
             told: html("notes", [compared.busy]) + table,
             by_frame: gr.update(visible=True),
             frame: gr.update(maximum=max(1, len(decibels) - 1), value=at),
-            chart: charted(chart_of(decibels)),
+            chart: DataFrame(chart_of(decibels)),
             mask: html("notes", [drawn]) or pattern,
             shown: name,
             **frame_both_ways(compared, at),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
+from pandas import DataFrame
 
 from gen_accel import demo
 from gen_accel.cli.metrics import motion_rows
@@ -21,7 +22,6 @@ from gen_accel.ui.page import (
     TELLING,
     Held,
     Page,
-    charted,
     follow,
     html,
     json_link,
@@ -160,8 +160,8 @@ def build(page: Page) -> None:
             film: html("video", page.url(job, "video.mp4"), job.title),
             figures: motion_table(found) + saved,
             charts: gr.update(visible=True),
-            loop: charted(loop_table(course["similarity"])),
-            drift: charted(drift_table(course["colors"], course["contrasts"])),
+            loop: DataFrame(loop_table(course["similarity"])),
+            drift: DataFrame(drift_table(course["colors"], course["contrasts"])),
             sheet: contact_sheet([pixels], [job.title], count=SHEET),
         }
 

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import gradio as gr
 import numpy as np
+from pandas import DataFrame
 from PIL import Image
 
 from gen_accel.cli.estimate import EstimateConfig
@@ -31,7 +32,6 @@ from gen_accel.ui.page import (
     Held,
     Page,
     by_names,
-    charted,
     follow,
     html,
     json_link,
@@ -104,8 +104,9 @@ def build(page: Page) -> None:
                     part(page)
 
     def chosen(told: str) -> Held:
-        job, kind = page.chosen(told), told.partition(" ")[0]
-        is_tuning = "tune" in (kind, job and job.kind)
+        name = told.partition(" ")[0]  # of a job, or its kind
+        job = page.find(name)
+        is_tuning = "tune" in (name, job and job.kind)
         return {tabs: gr.Tabs(selected="Tuning") if is_tuning else gr.skip()}
 
     page.shown.change(chosen, [page.shown], [tabs], **QUIETLY)
@@ -171,7 +172,7 @@ def _costs(page: Page) -> None:
         options = attention.applied(form.given(held), held)
         with form.refused_in_words():
             text, found = page.questions.both("estimate", {**options, "curve": True})
-        shown = charted(
+        shown = DataFrame(
             {name: [x[key] for x in found["curve"]] for name, key in BY_FRAMES.items()}
         )
         saved = json_link("Download as JSON", found, "estimate.json")

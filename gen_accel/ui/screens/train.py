@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import gradio as gr
 from gradio.context import Context
+from pandas import DataFrame
 
 from gen_accel.demo import TRAINED_FRAMES
 from gen_accel.io import named, read_fields, read_text
@@ -26,7 +27,6 @@ from gen_accel.ui.page import (
     Followed,
     Held,
     Page,
-    charted,
     follow,
     html,
     refusing,
@@ -308,7 +308,7 @@ def _build_run(
         shown |= {clips: html("listed", clips_told(config))}
         for chart, points in zip(charts, curves(out), strict=True):
             columns = zip(*points, strict=True) if points else ((), (), ())
-            table = charted(dict(zip(AXES, columns, strict=True)))
+            table = DataFrame(dict(zip(AXES, columns, strict=True)))
             shown[chart] = gr.LinePlot(value=table, visible=bool(points))
         made = [one for name in ("lora", "image_prompt") if (one := out / name).is_dir()]
         is_lora = bool(made) and made[0].name == "lora"
