@@ -62,6 +62,20 @@ def active(
     return [one for one in extensions if video.frames > one.trained]
 
 
+def adjusted(
+    plan: Plan,
+    extensions: Sequence[AttentionExtension],
+    video: VideoShape,
+    step: int,
+    steps: int | None,
+) -> Plan:
+    """Adjust a plan by all active extensions, one after the other."""
+    for extension in active(extensions, video):
+        if extension.adjust is not None:
+            plan = extension.adjust(plan, video, step, steps)
+    return plan
+
+
 def no_graph(extension: AttentionExtension) -> str:
     """Say why an extension with `needs_step` does not work with torch.compile."""
     return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
@@ -514,9 +528,7 @@ class PlanRunner(kernels.Runner):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         run, handle = self._run, self._run.handle
         clock = handle.passing.clock
-        for extension in active(handle.extensions, self._video):
-            if extension.adjust is not None:
-                plan = extension.adjust(plan, self._video, clock.step, clock.steps)
+        plan = adjusted(plan, handle.extensions, self._video, clock.step, clock.steps)
         if run.tokens.past and self._video.frames == run.tokens.video.frames:
             plan = asked(plan, run.tokens)
         # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
