@@ -399,7 +399,8 @@ def _class(
     """Make a class of `kind` with the stock processor's code bound to ours. It has the stock
     signature, by which diffusers' `Attention` decides which arguments to pass on.
 
-    Graphs of torch.compile, which all of the class share, are made with `traced`."""
+    Graphs of torch.compile, which all of the class share, are made with `traced`.
+    """
     run = _ProcessorRun()
     own: Any = stock.__call__
     namespace = own.__globals__ | also
@@ -520,8 +521,11 @@ def _bind(
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         number, run.number = run.number, run.number + 1
         mask: Any = attn_mask  # a BlockMask is refused
-        place, hidden = (run.tokens, number, parallel), run.hidden_states
-        call = Call(q, k, v, factor, stock, refused, mask, *place, hidden_states=hidden)
+        hidden = run.hidden_states
+        call = Call(
+            *(q, k, v, factor, stock, refused, mask, run.tokens, number, parallel),
+            hidden_states=hidden,
+        )
         processor = run.processor
         # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():

@@ -105,19 +105,17 @@ def methods() -> list[MethodInfo]:
     found = []
     for name, kind in METHODS.items():
         hints, said = get_type_hints(kind, include_extras=True), _meanings(kind)
-        options = {
-            one.name: FieldInfo(
-                method_name(one.default)
-                if isinstance(one.default, Method)
-                else as_text(one.default),
+        options = dict[str, FieldInfo]()
+        for one in options_of(kind):
+            hint, default = hints[one.name], one.default
+            options[one.name] = FieldInfo(
+                method_name(default) if isinstance(default, Method) else as_text(default),
                 "the name of a method" if hint is Method else written_type(hint),
                 said.get(one.name, ""),
                 _closed(hint),
                 _limits(hint),
             )
-            for one, hint in ((one, hints[one.name]) for one in options_of(kind))
-        }
-        found.append(MethodInfo(name, (kind.__doc__ or "").strip().split("\n")[0], options))
+        found.append(MethodInfo(name, _first_line(kind.__doc__), options))
     return found
 
 
@@ -132,9 +130,7 @@ def kernels() -> list[KernelInfo]:
             for grad in (False, True):
                 words = f"{device}, {'training' if grad else 'generating'}"
                 where[words] = refusals(name, torch.device(device), dtype, grad=grad)
-        found.append(
-            KernelInfo(name, (kernel_of(name).__doc__ or "").strip().split("\n")[0], where)
-        )
+        found.append(KernelInfo(name, _first_line(kernel_of(name).__doc__), where))
     return found
 
 
@@ -205,6 +201,10 @@ def methods_of(model: ModelInfo) -> str:
     """Name the methods of a model in words."""
     missing = [name for name in METHODS if name not in model.methods]
     return f"all but {', '.join(missing)}" if missing else "all"
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0]
 
 
 def _meanings(kind: type) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """`gen-accel list`, `models`, `build` and `doctor`: what there is and what runs here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from textwrap import wrap
@@ -79,13 +79,7 @@ def models(config: ModelsConfig) -> None:
         else:
             found = inventory.models()
             lines = [*_models_lines(found)]
-        data = [
-            {"name": one.name, "refused": one.refused}
-            if one.refused
-            else asdict(one) | {"generate_from": inventory.inputs_of(one)}
-            for one in (() if is_short else found)
-        ]
-        config.show(lines, data)
+        config.show(lines, None if is_short else [_as_data(model) for model in found])
 
 
 @verb(app, FiguresConfig, short_help="Compile the CPU kernel for this machine.")
@@ -223,6 +217,14 @@ def _details(model: "ModelInfo") -> Iterator[str]:
     width = max(map(len, rows)) + 4
     for name, value in rows.items():
         yield from hanging(f"  {name}".ljust(width), value)
+
+
+def _as_data(model: "ModelInfo") -> Mapping[str, object]:
+    from gen_accel.cli import inventory
+
+    if model.refused:
+        return {"name": model.name, "refused": model.refused}
+    return asdict(model) | {"generate_from": inventory.inputs_of(model)}
 
 
 def _doctor_lines(found: list["Check"]) -> Iterator[str]:

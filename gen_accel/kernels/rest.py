@@ -57,8 +57,8 @@ def attention(
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of kept keys and rest, (B, H, N).
     """
-    one_pass = native.in_one_pass(q, k, v, plan, scale=scale, kernel=kernel)
-    if one_pass and native_serves(kernel, q, k, v):
+    native_runs = native_serves(kernel, q, k, v)
+    if native_runs and native.in_one_pass(q, k, v, plan, scale=scale, kernel=kernel):
         return native.attention(q, k, v, plan, scale=scale, kernel=kernel)
     H, step = q.shape[1], _heads_at_once(q, k, v, plan)
     runs_triton = triton_serves(kernel, q, q.shape[3])

@@ -313,7 +313,7 @@ class TestByName:
 
 @pytest.mark.nightly
 def test_256_bits_at_once_and_no_products_of_bytes(tmp_path, qkv):
-    """As processors without AVX-512 run it, and those that have neither and say so."""
+    """Run it as processors without AVX-512 do, and those without products of bytes."""
     tool = cpp_compiler()
     source = next(file for file in build.SOURCES if file.stem == "int8")
     links = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]

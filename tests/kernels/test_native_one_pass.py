@@ -199,12 +199,15 @@ def test_any_number_of_threads_gives_the_same_blocks(threads):
     torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
 
 
-def test_scores_of_any_size_and_nan():
+@pytest.mark.usefixtures("int8_kernel")
+@pytest.mark.parametrize("kernel", ["native", "int8"])
+def test_scores_of_any_size_and_nan(kernel):
     q, k, v = close_qkv(PLAIN, 16)
     method = Piecewise(0.2, block_q=16, block_k=16)
-    huge = gen_accel.attention(q * 1e4, k, v, video=PLAIN, method=method)
+    run = partial(gen_accel.attention, k=k, v=v, video=PLAIN, method=method, kernel=kernel)
+    huge = run(q * 1e4)
     assert torch.isfinite(huge).all()
     q[0, 0, 5, 3] = torch.nan
-    out = gen_accel.attention(q, k, v, video=PLAIN, method=method)
+    out = run(q)
     assert out[0, 0, 5].isnan().all()
     assert not out[1].isnan().any()

@@ -1,4 +1,4 @@
-// What attention.cpp and int8.cpp share: a call, its blocks in tiles, its queries in pieces, and
+// What attention.cpp and bytes.h share: a call, its blocks in tiles, its queries in pieces, and
 // what hides a key from a query.
 //
 // Letters as in plan.py; a "piece" is a run of slots of one block.

@@ -1,5 +1,4 @@
-// Products of 8 bits of a few queries with the key blocks that they see, of int8.cpp and of
-// piecewise.cpp.
+// Attention of a few queries to key blocks by products of 8 bits, for int8.cpp and piecewise.cpp.
 //
 // Once a head, the mean key of each block is taken off its keys and the mean value off its values,
 // and what is left becomes numbers of 8 bits, keys at a scale for each token, values at a scale for

@@ -15,14 +15,13 @@ from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, RestOrder, Slots
 
 Results = tuple[Tensor, Tensor, Tensor]
 SCORES = ("spread", "loss", "pooled")
-ONE_PASS = ("auto", "native", "int8")  # kernels, "int8" by products of 8 bits of the kept keys
 MOST_BLOCK = 256  # slots of a block in one pass
 LEAST_SCALE = 1e-20  # in one pass; below, differences of scores are no numbers
 
 
 def in_one_pass(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, kernel: str) -> bool:
     """Whether `attention` serves a call that `dispatch.native_serves`."""
-    if kernel not in ONE_PASS or (kernel == "int8" and build.lacks_bytes()):
+    if kernel == "int8" and build.lacks_bytes():
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
@@ -43,7 +42,7 @@ def attention(
     dtype, and the log-sum-exps (B, H, N) fp32.
 
     Args:
-        kernel: what computes the kept keys, see `ONE_PASS`.
+        kernel: "int8" computes the kept keys by products of 8 bits.
     """
     asked = None, None, SCORES[0], scale, True, kernel == "int8"
     return _one_pass(q, k, v, plan.keep, *_given(plan), *asked)[:2]
@@ -69,7 +68,7 @@ def choosing(
         ranked: (Kk,) bool, the key blocks that may be chosen.
         counts: (H,) int64, how many each query block takes.
         score: one of `SCORES`, see `Piecewise`.
-        kernel: what computes the kept keys, see `ONE_PASS`.
+        kernel: "int8" computes the kept keys by products of 8 bits.
         attends: whether the answer is asked for, too.
 
     Returns:

@@ -339,10 +339,12 @@ def curve_backward(
     for side, total in zip((queries, keys), totals, strict=True):
         dx = torch.empty_like(side.x)
         tensors = drise, weight, by, dweight, sums, side.times, total, *rows(dx)
-        given = side.x, slots, side.block, (*rows(side.x), *tensors)
         numbers = *side.times.stride()[:2], *q.shape[1:3], CURVATURE * scale**2
-        flags = {"QUERIES": side is queries}
-        launch_blocks(off_means_backward_kernel, *given, *numbers, **flags)
+        launch_blocks(
+            off_means_backward_kernel,
+            *(side.x, slots, side.block, (*rows(side.x), *tensors), *numbers),
+            QUERIES=side is queries,
+        )
         made.append(dx)
     return made[0], made[1]
 
@@ -391,7 +393,10 @@ def _block_squares(
     H, N, D = side.x.shape[1:]
     squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
     given = (squares if x is None else x for x in (drise, means))  # not touched if None
-    tensors, sizes = (*rows(side.x), *given, squares), (H, N, side.times.shape[2])
-    of_x, flags = (side.x, side.slots, side.block), {"WEIGHED": drise is not None}
-    launch_blocks(block_squares_kernel, *of_x, tensors, *sizes, **flags)
+    tensors = *rows(side.x), *given, squares
+    launch_blocks(
+        block_squares_kernel,
+        *(side.x, side.slots, side.block, tensors, H, N, side.times.shape[2]),
+        WEIGHED=drise is not None,
+    )
     return squares

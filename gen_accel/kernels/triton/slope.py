@@ -243,9 +243,12 @@ def slope(
     joint, q, k, v = (rowwise(x) for x in (joint, q, k, v))
     made = _sum_of_products(k, v, slots, block_k)
     out = torch.empty_like(joint)
-    given, config = (*rows(joint, q), made, *rows(out)), _config(q)
-    given = q, slots, block_q, given, q.shape[1], factor
-    launch_blocks(slope_add_kernel, *given, config=config, CENTRED=around_queries)
+    launch_blocks(
+        slope_add_kernel,
+        *(q, slots, block_q, (*rows(joint, q), made, *rows(out)), q.shape[1], factor),
+        config=_config(q),
+        CENTRED=around_queries,
+    )
     return out, made
 
 
@@ -274,15 +277,21 @@ def slope_backward(
     """
     grad, q, k, v = (rowwise(x) for x in (grad.to(q.dtype), q, k, v))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    config, numbers = _config(q), (q.shape[1], factor)
-    given, flags = (*rows(grad), made, *rows(dq)), {"CENTRED": around_queries}
-    kernel = slope_queries_backward_kernel
-    launch_blocks(kernel, q, slots, block_q, given, *numbers, config=config, **flags)
+    config = _config(q)
+    launch_blocks(
+        slope_queries_backward_kernel,
+        *(q, slots, block_q, (*rows(grad), made, *rows(dq)), q.shape[1], factor),
+        config=config,
+        CENTRED=around_queries,
+    )
     back = _sum_of_products(q, grad, slots, block_q, centred=around_queries)
     for x, dx, transposed in ((k, dv, False), (v, dk, True)):
-        given, flags = (*rows(x), back, *rows(dx)), {"TRANSPOSED": transposed}
-        kernel = slope_keys_backward_kernel
-        launch_blocks(kernel, x, slots, block_k, given, *numbers, config=config, **flags)
+        launch_blocks(
+            slope_keys_backward_kernel,
+            *(x, slots, block_k, (*rows(x), back, *rows(dx)), q.shape[1], factor),
+            config=config,
+            TRANSPOSED=transposed,
+        )
     return dq, dk, dv
 
 
