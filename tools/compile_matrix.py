@@ -33,6 +33,7 @@ from gen_accel.kernels.triton import (
     pooling,
     rest_backward,
     rest_columns,
+    rest_turns,
     slope,
     sparse_backward,
     tiles,
@@ -70,7 +71,7 @@ RULES = {
 # Types of arguments by name; arguments of the inputs' own type and integers are not listed.
 TYPES = {
     **dict.fromkeys(("lse", "base2", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
-    **dict.fromkeys(("slots", "index", "counts"), "*i32"),
+    **dict.fromkeys(("slots", "index", "counts", "turns"), "*i32"),
     **dict.fromkeys(("ranges", "blocks", "members"), "*i32"),
     **{"ints": "*i8", "halves": "*fp16", "steps": "*fp32", "powers": "*fp32"},
     **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
@@ -163,6 +164,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield from _linear_cases(arch, D, dtype, block)
     yield from _gathered_cases(arch, D, dtype, block)
     yield from _column_cases(arch, D, dtype, block)
+    yield from _turn_cases(arch, D, dtype, block)
     yield from _pool_cases(arch, D, dtype, block)
     yield from _curve_cases(D, block)
     yield from _slope_cases(arch, D, dtype, block)
@@ -290,7 +292,7 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
     dim = configs.dims(D)
     yield Case("rest common", rest_columns.common_kernel, {**dim, "SOME": configs.SOME}, 4, 3)
     around_keys = (("forward", "dq", "dkdv"), (False,), (False,))
-    around_queries = (("forward", "dq", "dpooled"), (True,), (False, True))
+    around_queries = (("dq", "dpooled"), (True,), (False, True))
     for kind, centred, curved in (*product(*around_keys), *product(*around_queries)):
         config = configs.columns(arch, kind, D, dtype, block, COLUMNS, curved)
         constants = {**dim, "TILE_M": config.tile_m, "TILE_N": config.tile_n, "BLOCK_Q": block}
@@ -298,19 +300,18 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
         module = rest_columns if kind == "forward" else rest_backward
         if kind == "dkdv":
             constants["BLOCK_K"] = block
-        else:
+        elif kind != "forward":
             constants["CURVED"] = curved
             constants["GROUP"] = (
                 configs.pool(arch, "pool", D, dtype, block, curved).tile_m if centred else 1
             )
-        if kind in ("forward", "dq"):
+        if kind == "dq":
             constants["CENTRED"] = centred
             keys, products = config.tile_n, 3
         if kind == "forward":
-            constants["WIDTH"], products = configs.width(arch, config, D), 2
-            constants["SLOPED"] = True
-            shuffles = _exchanges(arch, kind, config, dtype)
-            shuffles += (1 + curved) * config.tile_n // 4  # for biases and variances
+            constants["WIDTH"], constants["SLOPED"] = configs.width(arch, config, D), True
+            keys, products = config.tile_n, 2
+            shuffles = _exchanges(arch, kind, config, dtype) + config.tile_n // 4  # for biases
         yield Case(
             f"rest {kind} {'queries' if centred else 'keys'}{' curved' if curved else ''}",
             getattr(module, f"columns_{kind}_kernel"),
@@ -320,6 +321,27 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
             products * config.tile_m * config.tile_n * dim["BLOCK_D"],
             keys,
             shuffles=shuffles,
+        )
+
+
+def _turn_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    """Yield the forward pass of a rest around mean queries; its longer loop is counted."""
+    of_pool, config = configs.turns(arch, D, dtype, block, block)
+    constants = {**configs.dims(D), "BLOCK_Q": block, "BLOCK_K": block, "GROUP": of_pool.tile_m}
+    constants |= {"LOAD": of_pool.tile_n, "BLOCKS": configs.POOL_BLOCKS, "SLOPED": True}
+    constants |= {"TILE_M": config.tile_m, "TILE_N": config.tile_n, "STAGES": of_pool.num_stages}
+    constants["WIDTH"] = configs.width(arch, config, D)
+    products = 3 * of_pool.tile_m * of_pool.tile_n, 2 * config.tile_m * config.tile_n
+    keys = of_pool.tile_n if products[0] > products[1] else config.tile_n
+    for curved in (False, True):
+        yield Case(
+            f"rest turns{' curved' if curved else ''}",
+            rest_turns.rest_turns_kernel,
+            {**constants, "CURVED": curved},
+            config.num_warps,
+            config.num_stages,
+            max(products) * constants["BLOCK_D"],
+            keys,
         )
 
 
@@ -342,6 +364,8 @@ def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[C
             constants["BLOCKS"] = configs.POOL_BLOCKS
         if kind != "spread":
             constants["CURVED"] = curved
+        if kind == "pool":
+            constants["STAGES"] = config.num_stages
         yield Case(
             f"rest {kind}{' curved' if curved else ''}",
             getattr(pooling, f"{kind.replace(' ', '_')}_kernel"),
@@ -407,7 +431,9 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
         shape = f"1, 1, {load}, {case.constants['BLOCK_D']}"
         types[names[place]] = f"tensordesc<{DTYPES[dtype]}[{shape}]>"
     # Rows are a pointer and three strides; of packed ones a descriptor.
-    read = set(re.findall(r"\b(?:of_head|_block)\((\w+), ", kernel.src))
+    bodies = (pooling.pool_blocks, rest_columns.attend_columns)  # their arguments have these names
+    code = kernel.src + "".join(x.src for x in bodies if f"{x.__name__}(" in kernel.src)
+    read = set(re.findall(r"\b(?:of_head|_block)\((\w+), ", code))
     for name in read - {names[place] for place in case.packed}:
         types[name] = (str(types[name]), *("i32",) * 3)
     signature = {

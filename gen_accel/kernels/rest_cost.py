@@ -8,8 +8,8 @@ cache, plus a moment to start. With N tokens and head dim D, Kq query and Kk key
     around keys   4 N Kk D products; K and V once, the output, which the kept keys go on from,
                   written and read; a start for the common key of a head, as around queries
     around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written and
-                  read again, in chunks that the cache holds or, if they must be larger to fill the
-                  card, in memory
+                  read again in the same launch, in chunks that the cache holds or, if they must be
+                  larger to fill the card, in memory
     first order   4 N D D, to make a slope of K and V and, with the columns, to apply it
 
 Nothing here is measured: rates are from the makers' data sheets, times the share of them that
@@ -120,15 +120,14 @@ def around_keys(problem: Problem) -> list[KernelWork]:
 
 
 class Pooling(NamedTuple):
-    """How keys are pooled around mean queries: mean queries that pool a key block together; chunks
-    of pairs; whether the cache holds one."""
+    """How keys are pooled around mean queries: mean queries that pool a key block together;
+    whether the cache holds the pairs that exist at once."""
 
     rows: int = 64
-    chunks: int = 1
     cached: bool = True
 
 
-def pooling(problem: Problem, arch: str, order: RestOrder) -> Pooling:
+def pooling(problem: Problem, arch: str) -> Pooling:
     """How the Triton kernels pool in 16 bits on an architecture.
 
     Args:
@@ -137,13 +136,11 @@ def pooling(problem: Problem, arch: str, order: RestOrder) -> Pooling:
     if arch not in CARDS:
         return Pooling()
     (Kq, Kk), D, size = problem.blocks, problem.dim, CARDS[arch].size
-    facts, curved = (D, torch.bfloat16), order == "second"
-    rows = configs.group(configs.pool(arch, "pool", *facts, problem.block_k, curved), Kq)
-    columns = configs.columns(arch, "forward", *facts, problem.block_q, Kk, curved)
-    pair = 2 * Kk * D * problem.size
-    total = problem.heads * math.ceil(Kq / rows)
-    most = min(total, configs.groups_at_once(size, columns, problem.block_q, pair, rows))
-    return Pooling(rows, math.ceil(total / most), most * rows * pair <= size.cache)
+    given = configs.turns(arch, D, torch.bfloat16, problem.block_q, problem.block_k)
+    rows, pair = configs.group(given[0], Kq), 2 * Kk * D * problem.size
+    groups = configs.groups_in_turns(size, given, problem.block_q, problem.blocks, pair)
+    groups = min(problem.heads * math.ceil(Kq / rows), configs.ROOMS * groups)
+    return Pooling(rows, groups * rows * pair <= size.cache)
 
 
 def around_queries(problem: Problem, pooling: Pooling) -> list[KernelWork]:
@@ -154,9 +151,9 @@ def around_queries(problem: Problem, pooling: Pooling) -> list[KernelWork]:
     flops = 3 * MULTIPLY_ADD * heads * Kq * N * D
     reads = 2 * problem.one * math.ceil(Kq / pooling.rows)
     memory = 0 if pooling.cached else pairs
-    pool = KernelWork(flops, 2 * problem.one + memory, reads + pairs, pooling.chunks)
+    pool = KernelWork(flops, 2 * problem.one + memory, reads + pairs)
     columns = _columns(problem, pairs)
-    columns = columns._replace(memory=columns.memory + memory, launches=pooling.chunks)
+    columns = columns._replace(memory=columns.memory + memory, launches=0)
     means = KernelWork(0, problem.one, problem.one)
     return [COMMON, means, pool, columns]
 
@@ -230,7 +227,7 @@ def dearer(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
         arch: a row of CARDS; another name is an unknown card.
     """
     card = CARDS.get(arch, UNKNOWN)
-    queries = around_queries(problem, pooling(problem, arch, orders.query))
+    queries = around_queries(problem, pooling(problem, arch))
     queries += beyond_zeroth(problem, orders.query)
     keys = around_keys(problem) + beyond_zeroth(problem, orders.key)
     return seconds(queries, card) - seconds(keys, card)

@@ -27,10 +27,10 @@ def test_products_and_bytes_are_those_of_the_kernels():
     assert columns.flops == 2 * 2 * (2 * 512 * 8 * 16)
     assert columns.cache == 2 * 4 * (2 * 8 * 16 * 2)  # keys and values, once a query block
     pairs = rest_cost.pooled_bytes(problem)
-    *_, pool, columns = rest_cost.around_queries(problem, rest_cost.Pooling(chunks=2))
+    *_, pool, columns = rest_cost.around_queries(problem, rest_cost.Pooling())
     assert pool.flops == 3 * 2 * (2 * 4 * 512 * 16)
     assert pool.cache == 2 * (2 * 512 * 16 * 2) + pairs
-    assert (pool.launches, columns.launches) == (2, 2)
+    assert (pool.launches, columns.launches) == (1, 0)
     *_, own, other = rest_cost.around_queries(problem, rest_cost.Pooling(cached=False))
     assert own.memory - pool.memory == other.memory - columns.memory == pairs
     slope, total, add = rest_cost.first_order(problem)
@@ -89,7 +89,7 @@ def test_mean_queries_are_worth_what_clips_say():
 
 def modelled(arch, density=0.1):
     """Columns of the tables of the page: kept keys, both centres, and what either order adds."""
-    queries = rest_cost.around_queries(GOAL, rest_cost.pooling(GOAL, arch, "second"))
+    queries = rest_cost.around_queries(GOAL, rest_cost.pooling(GOAL, arch))
     more = rest_cost.first_order(GOAL), rest_cost.second_order(GOAL)
     return rest_cost.kept(GOAL, density), rest_cost.around_keys(GOAL), queries, *more
 

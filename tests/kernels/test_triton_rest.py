@@ -11,7 +11,7 @@ from gen_accel.kernels import reference
 from gen_accel.kernels import rest as dispatch
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.rest import Curve, curve_of
-from gen_accel.kernels.triton import configs, launch, packing, rest, rest_launches
+from gen_accel.kernels.triton import configs, launch, packing, rest
 from gen_accel.plan import Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
@@ -204,11 +204,11 @@ def test_a_plan_that_keeps_nothing_is_all_rest(device):
 
 @pytest.mark.slow
 def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
-    """Four chunks of half a head, by the small cache of the interpreter; then in one, and in the
+    """Four chunks of half a head, one more than rooms, by a small cache; then in one, and in the
     backward pass head by head."""
     plan = plan_of("second", device, block_q=12, block_k=12, slots=36, padding=3)
     tensors = inputs(plan, torch.float32, heads=2)
-    monkeypatch.setattr(rest_launches, "_group", lambda call: 2)  # of three query blocks
+    monkeypatch.setattr(configs, "group", lambda config, blocks: 2)  # of three query blocks
     monkeypatch.setattr(configs, "card_size", lambda device: configs.CardSize(1, 1600))
     launched = []
     own = launch.launch
@@ -219,12 +219,13 @@ def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
 
     monkeypatch.setattr(launch, "launch", watched)
     some = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
-    assert launched.count("pool_kernel") == 4 + 4
+    assert launched.count("rest_turns_kernel") == 1
+    assert launched.count("pool_kernel") == 4
     launched.clear()
     monkeypatch.setattr(configs, "card_size", lambda device: configs.CardSize(1, 1 << 31))
     monkeypatch.setattr(rest, "HELD", 1)
     others = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
-    assert launched.count("pool_kernel") == 1 + 2
+    assert launched.count("pool_kernel") == 2
     torch.testing.assert_close(some, others)
 
 
@@ -268,7 +269,7 @@ def test_nothing_waits_and_nothing_is_random(kind, device, monkeypatch):
         joint, total = rest.added(out, lse, *tensors, plan, curve, scale=0.3)
         forward = sum(count for name, count in counted.done.items() if name.endswith("_kernel"))
         torch.autograd.grad(joint.sum() + total.sum(), [*tensors, *(curve or ())])
-    assert forward == {"key": 4, "query": 2 + 2 * 2, "second": 6 + 2 * 2}[kind], counted.done
+    assert forward == {"key": 4, "query": 3, "second": 7}[kind], counted.done
     assert counted.done["sums_kernel"] == {"key": 4, "query": 2, "second": 4}[kind]
     assert counted.waits == []
     assert counted.random == []

@@ -182,8 +182,8 @@ FP32 = {
 INTERPRETED = _C(32, 32, 4, 1)
 INTERPRETED_CARD = CardSize(1, 1 << 13)
 
-# Kernels over the columns of a rest, where the tiles of blocks would spill: "forward", "dq",
-# "dkdv" (for mean keys) and "dpooled" (the same for keys pooled around mean queries).
+# Kernels over the columns of a rest, where the tiles of blocks would spill: "forward" and "dkdv"
+# (for mean keys), "dq" and "dpooled" (the same for keys pooled around mean queries).
 COLUMNS = {
     ("sm_80", 128, "dkdv"): _C(64, 64, 8, 1),
     ("sm_80", 128, "dpooled"): _C(64, 64, 8, 2),
@@ -256,7 +256,46 @@ WITH_CURVE = {
     ("sm_120", 128, "pool"): _C(32, 64, 8, 1),
     ("sm_120", 128, "pool backward"): _C(64, 16, 8, 1),
 }
+
+# Both halves of `rest_turns`, with as many warps: rows of mean queries and keys of a load; tiles
+# of queries and of columns. Chosen like TABLE, with a curve.
+TURNS = {
+    "sm_80": {
+        64: (_C(64, 32, 4, 1), _C(64, 64, 4, 2)),
+        128: (_C(32, 64, 4, 1), _C(64, 32, 4, 2)),
+        256: (_C(32, 64, 8, 1), _C(64, 32, 8, 2)),
+    },
+    "sm_90": {
+        64: (_C(64, 64, 4, 1), _C(64, 64, 4, 3)),
+        128: (_C(64, 32, 4, 1), _C(64, 64, 4, 3)),
+        256: (_C(32, 64, 8, 1), _C(64, 32, 8, 1)),
+    },
+    "sm_100": {
+        64: (_C(64, 64, 4, 1), _C(64, 64, 4, 3)),
+        128: (_C(64, 32, 4, 1), _C(64, 64, 4, 2)),
+        256: (_C(32, 64, 8, 1), _C(64, 32, 8, 2)),
+    },
+    "sm_120": {
+        64: (_C(32, 64, 4, 1), _C(64, 64, 4, 3)),
+        128: (_C(32, 64, 4, 1), _C(64, 32, 4, 2)),
+        256: (_C(32, 32, 8, 1), _C(32, 32, 8, 1)),
+    },
+    "gfx942": {
+        64: (_C(64, 64, 4, 1), _C(64, 64, 4, 1)),
+        128: (_C(32, 64, 4, 1), _C(64, 32, 4, 1)),
+        256: (_C(32, 32, 4, 1), _C(32, 32, 4, 1)),
+    },
+}
+for _arch in ("sm_86", "sm_89"):
+    TURNS[_arch] = {**TURNS["sm_120"], 128: (_C(32, 32, 4, 1), _C(64, 32, 4, 2))}
+TURNS_FP32 = {
+    64: (_C(32, 32, 8, 1), _C(16, 16, 8, 1)),
+    128: (_C(32, 16, 8, 1), _C(16, 16, 8, 1)),
+    256: (_C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+}
 POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
+
+ROOMS = 3  # chunks of `rest_turns` that have memory at a time; not timed
 
 # Warps that a multiprocessor has registers for, if each of their threads takes all 255.
 WARPS = 8
@@ -315,7 +354,7 @@ def _shared(tables: Iterable[dict], keyed: Iterable[dict]) -> None:
                 table.setdefault((arch, *key[1:]), table[key])
 
 
-_shared((TABLE, ROUNDED, POOL), (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE))
+_shared((TABLE, ROUNDED, POOL, TURNS), (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE))
 
 
 def choose(
@@ -482,6 +521,18 @@ def pool(
     return config._replace(tile_n=tile(block_k, config.tile_n))
 
 
+def turns(
+    arch: str, D: int, dtype: torch.dtype, block_q: int, block_k: int
+) -> tuple[LaunchConfig, LaunchConfig]:
+    """Choose the configurations of `rest_turns`: to pool, and to attend to columns."""
+    if arch == "interpreted":
+        of_pool = columns = INTERPRETED
+    else:
+        table = TURNS_FP32 if dtype == torch.float32 else TURNS[arch]
+        of_pool, columns = table[bucket(D)]
+    return of_pool._replace(tile_n=tile(block_k, of_pool.tile_n)), cut("forward", columns, block_q)
+
+
 def group(config: LaunchConfig, blocks: int) -> int:
     """Number of a head's query blocks, of `blocks`, that are pooled for as the rows of one
     product."""
@@ -509,6 +560,28 @@ def groups_at_once(
     if held * group >= pairs:
         return held
     return max(math.ceil(FULL * pairs / group), LARGE // pair // group)
+
+
+def groups_in_turns(
+    size: CardSize,
+    given: tuple[LaunchConfig, LaunchConfig],
+    block_q: int,
+    blocks: tuple[int, int],
+    pair: int,
+) -> int:
+    """Upper bound on the groups of query blocks in a chunk of `rest_turns`: as many as let the
+    last cache hold all rooms, or more if it takes more to fill the card with two chunks.
+
+    Args:
+        given: configurations from `turns`.
+        blocks: number of query and of key blocks.
+        pair: bytes of the pooled keys and values of one query block.
+    """
+    of_pool, columns = given
+    rows = group(of_pool, blocks[0])
+    turns = math.ceil(blocks[1] / POOL_BLOCKS) + rows * math.ceil(block_q / columns.tile_m)
+    places = size.processors * max(1, WARPS // columns.num_warps)
+    return max(size.cache // (ROOMS * rows * pair), math.ceil(places / (2 * turns)))
 
 
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:

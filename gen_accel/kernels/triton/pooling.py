@@ -174,6 +174,112 @@ def _total(b_max, b_sum):
     )
 
 
+@triton.jit
+def pool_blocks(
+    means,
+    k,
+    v,
+    pooled_k,
+    pooled_v,
+    bias,
+    spreads,
+    curves,
+    common,
+    squares,
+    key_means,
+    weight,
+    keep,
+    slots,
+    keep_b,
+    keep_h,
+    keep_r,
+    keep_c,
+    i_group,
+    i_pair,
+    i_first,
+    groups,
+    H,
+    N,
+    R,
+    C,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CURVED: tl.constexpr,
+    SPREADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Pool BLOCKS key blocks from `i_first` on for one group of query blocks, whose pairs are rows
+    from `i_pair` on: write their keys, values and biases; if CURVED also their variances, and if
+    SPREADS l."""
+    TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
+    i_head = (i_group // groups).to(tl.int64)
+    i_b, i_h = i_head // H, i_head % H
+    o_i = i_group % groups * GROUP + tl.arange(0, GROUP)
+    o_i = tl.where(o_i < R, o_i, -1)
+    b_mean = load_rows((means + i_head * R * D, D), o_i, D, BLOCK_D, True)
+    o_p = i_pair.to(tl.int64) + tl.arange(0, GROUP)
+    o_in = tl.where(o_i >= 0, o_p, -1)
+    k = of_head(k, i_b, i_h)
+    v = of_head(v, i_b, i_h)
+    keep += i_b * keep_b + i_h * keep_h + o_i * keep_r
+    squares += i_head * N
+    key_means += i_head * C * D
+    weight += i_head * D
+    for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
+        b_key = tl.zeros([GROUP, BLOCK_D], tl.float32)
+        b_value = tl.zeros([GROUP, BLOCK_D], tl.float32)
+        b_own = tl.zeros([GROUP], tl.float32)
+        b_square = tl.zeros([GROUP], tl.float32)
+        b_sum = tl.zeros([GROUP], tl.float32)
+        b_all = tl.zeros([GROUP], tl.float32)
+        b_max = tl.full([GROUP], -float("inf"), tl.float32)
+        for i_tile in tl.range(0, TILES, num_stages=STAGES):
+            _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
+            b_k = load_rows(k, o_t, D, BLOCK_D, True)
+            b_v = load_rows(v, o_t, D, BLOCK_D, True)
+            # [GROUP, TILE_N]
+            b_s = dot(b_mean, tl.trans(b_k)) * scale
+            b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
+            b_p, b_decay, b_sum, b_max = _renewed(b_s, b_max, b_sum)
+            # scale qmean . key is the mean of the scores by the weights
+            b_s = tl.where((o_t >= 0)[None, :], b_s, 0.0)
+            b_low = b_p.to(b_v.dtype)
+            b_p = b_low.to(tl.float32)
+            b_all = b_all * b_decay + tl.sum(b_p, 1)
+            b_own = b_own * b_decay + tl.sum(b_p * b_s, 1)
+            if CURVED:
+                b_e = tl.load(squares + o_t, mask=o_t >= 0, other=0.0)
+                b_square = b_square * b_decay + tl.sum(b_p * b_e[None, :], 1)
+            b_key = dot(b_low, b_k, b_key * b_decay[:, None])
+            b_value = dot(b_low, b_v, b_value * b_decay[:, None])
+        # Weights as the products read them: rounded to 16 bits, they have another sum.
+        b_safe = tl.where(b_all == 0.0, 1.0, b_all)
+        store_rows((pooled_v + i_c * D, C * D), o_in, b_value / b_safe[:, None], D, BLOCK_D)
+        b_common = one_row(common, i_head, D, BLOCK_D)
+        b_key = b_key / b_safe[:, None] - b_common[None, :]
+        store_rows((pooled_k + i_c * D, C * D), o_in, b_key, D, BLOCK_D)
+        b_l = _total(b_max, b_sum)
+        if SPREADS:
+            tl.store(spreads + o_p * C + i_c, b_l, mask=o_i >= 0)
+        b_kept = tl.load(keep + i_c * keep_c, mask=o_i >= 0, other=1)
+        b_bias = tl.where(b_kept != 0, -float("inf"), b_l - b_own / b_safe)
+        tl.store(bias + o_p * C + i_c, b_bias, mask=o_i >= 0)
+        if CURVED:
+            tl.debug_barrier()  # keys are read again, so that fewer registers hold them
+            b_key = load_rows((pooled_k + i_c * D, C * D), o_in, D, BLOCK_D, True).to(tl.float32)
+            b_mid = one_row(key_means, i_c, D, BLOCK_D)
+            b_apart = b_key + (b_common - b_mid)[None, :]
+            b_weight = one_row(weight, 0, D, BLOCK_D)
+            b_off = tl.sum(b_apart * b_apart * b_weight[None, :], 1)
+            b_curve = tl.maximum(b_square / b_safe - b_off, 0.0)  # a rise may be vast
+            tl.store(curves + o_p * C + i_c, b_curve * LOG2E, mask=o_i >= 0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     means,
@@ -208,72 +314,47 @@ def pool_kernel(
     TILE_N: tl.constexpr,
     BLOCKS: tl.constexpr,
     CURVED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Pool BLOCKS key blocks for one group of query blocks: write their keys, values, biases and
-    l; if CURVED also their variances."""
-    TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
-    i_group = first + tl.program_id(1)
-    i_head = (i_group // groups).to(tl.int64)
-    i_b, i_h = i_head // H, i_head % H
-    o_i = i_group % groups * GROUP + tl.arange(0, GROUP)
-    o_i = tl.where(o_i < R, o_i, -1)
-    b_mean = load_rows((means + i_head * R * D, D), o_i, D, BLOCK_D, True)
-    o_p = tl.program_id(1).to(tl.int64) * GROUP + tl.arange(0, GROUP)  # the rows of the pairs
-    o_in = tl.where(o_i >= 0, o_p, -1)
-    k = of_head(k, i_b, i_h)
-    v = of_head(v, i_b, i_h)
-    keep += i_b * keep_b + i_h * keep_h + o_i * keep_r
-    squares += i_head * N
-    key_means += i_head * C * D
-    weight += i_head * D
-    i_first = tl.program_id(0) * BLOCKS
-    for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
-        b_key = tl.zeros([GROUP, BLOCK_D], tl.float32)
-        b_value = tl.zeros([GROUP, BLOCK_D], tl.float32)
-        b_own = tl.zeros([GROUP], tl.float32)
-        b_square = tl.zeros([GROUP], tl.float32)
-        b_sum = tl.zeros([GROUP], tl.float32)
-        b_all = tl.zeros([GROUP], tl.float32)
-        b_max = tl.full([GROUP], -float("inf"), tl.float32)
-        for i_tile in range(TILES):
-            _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
-            b_k = load_rows(k, o_t, D, BLOCK_D, True)
-            b_v = load_rows(v, o_t, D, BLOCK_D, True)
-            # [GROUP, TILE_N]
-            b_s = dot(b_mean, tl.trans(b_k)) * scale
-            b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
-            b_p, b_decay, b_sum, b_max = _renewed(b_s, b_max, b_sum)
-            # scale qmean . key is the mean of the scores by the weights
-            b_s = tl.where((o_t >= 0)[None, :], b_s, 0.0)
-            b_low = b_p.to(b_v.dtype)
-            b_p = b_low.to(tl.float32)
-            b_all = b_all * b_decay + tl.sum(b_p, 1)
-            b_own = b_own * b_decay + tl.sum(b_p * b_s, 1)
-            if CURVED:
-                b_e = tl.load(squares + o_t, mask=o_t >= 0, other=0.0)
-                b_square = b_square * b_decay + tl.sum(b_p * b_e[None, :], 1)
-            b_key = dot(b_low, b_k, b_key * b_decay[:, None])
-            b_value = dot(b_low, b_v, b_value * b_decay[:, None])
-        # Weights as the products read them: rounded to 16 bits, they have another sum.
-        b_safe = tl.where(b_all == 0.0, 1.0, b_all)
-        b_common = one_row(common, i_head, D, BLOCK_D)
-        b_key = b_key / b_safe[:, None] - b_common[None, :]
-        store_rows((pooled_k + i_c * D, C * D), o_in, b_key, D, BLOCK_D)
-        store_rows((pooled_v + i_c * D, C * D), o_in, b_value / b_safe[:, None], D, BLOCK_D)
-        b_l = _total(b_max, b_sum)
-        tl.store(spreads + o_p * C + i_c, b_l, mask=o_i >= 0)
-        b_kept = tl.load(keep + i_c * keep_c, mask=o_i >= 0, other=1)
-        b_bias = tl.where(b_kept != 0, -float("inf"), b_l - b_own / b_safe)
-        tl.store(bias + o_p * C + i_c, b_bias, mask=o_i >= 0)
-        if CURVED:
-            tl.debug_barrier()  # keys are read again, so that fewer registers hold them
-            b_key = load_rows((pooled_k + i_c * D, C * D), o_in, D, BLOCK_D, True).to(tl.float32)
-            b_mid = one_row(key_means, i_c, D, BLOCK_D)
-            b_apart = b_key + (b_common - b_mid)[None, :]
-            b_weight = one_row(weight, 0, D, BLOCK_D)
-            b_off = tl.sum(b_apart * b_apart * b_weight[None, :], 1)
-            b_curve = tl.maximum(b_square / b_safe - b_off, 0.0)  # a rise may be vast
-            tl.store(curves + o_p * C + i_c, b_curve * LOG2E, mask=o_i >= 0)
+    """Run `pool_blocks` for the groups of a chunk, from `first` on."""
+    pool_blocks(
+        means,
+        k,
+        v,
+        pooled_k,
+        pooled_v,
+        bias,
+        spreads,
+        curves,
+        common,
+        squares,
+        key_means,
+        weight,
+        keep,
+        slots,
+        keep_b,
+        keep_h,
+        keep_r,
+        keep_c,
+        first + tl.program_id(1),
+        tl.program_id(1) * GROUP,
+        tl.program_id(0) * BLOCKS,
+        groups,
+        H,
+        N,
+        R,
+        C,
+        scale,
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        GROUP,
+        TILE_N,
+        BLOCKS,
+        CURVED,
+        True,
+        STAGES,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -4,9 +4,9 @@
 softmax goes on over the kept keys, and nothing in fp32 lies between. With a gradient, and beside
 other kernels, both outputs are merged. Around mean keys there is one set of columns for a head.
 Around mean queries there is one for each pair of a head and a query block, together more than the
-size of q. Pairs are processed in chunks that fill the card, see `configs.groups_at_once`: one
-kernel writes the pooled keys and values, and the next one reads them. The backward pass computes
-them again. No atomics: one program alone adds to each sum, in a fixed order.
+size of q. One launch writes and reads them, see `rest_turns`. The backward pass computes them
+again, in chunks that fill the card: one kernel writes the pooled keys and values, and the next ones
+read them. One program alone adds to each sum, in a fixed order.
 """
 
 import math
@@ -156,18 +156,13 @@ def rest(
     out, lse = results(q, wide=wide)
     low_lse = torch.empty_like(lse)
     if not around_queries:
-        chunk, pooled = launches.around_keys(call)
-        launches.forward(call, pooled, None, state, out, lse, low_lse)(chunk)
+        _, pooled = launches.around_keys(call)
+        launches.attend_to_means(call, pooled, state, out, lse, low_lse)
         return out, lse, low_lse
     if rise is not None and weight is not None:
         call = launches.with_curve(call, rise, weight, key_means)
     means = launches.query_means(call, query_means)
-    pooled = launches.room(call)
-    pool = launches.pool(call, means.to(q.dtype), pooled)
-    forward = launches.forward(call, pooled, means, state, out, lse, low_lse)
-    for chunk in launches.chunks(call):
-        pool(chunk)
-        forward(chunk)
+    launches.in_turns(call, means, state, out, lse, low_lse)
     return out, lse, low_lse
 
 
@@ -265,7 +260,8 @@ def _backward(
     call: launches.RestCall, back: launches.RestGrads, means: Tensor, dq: Tensor
 ) -> tuple[Tensor, launches.CurveGrads | None]:
     """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
-    pooled, grads = launches.room(call), launches.room(call)
+    pairs = launches.most_pairs(call)
+    pooled, grads = launches.room(call, pairs), launches.room(call, pairs)
     (parts, dmeans), curve = launches.parts_of_means(call), launches.curve_grads(call)
     drise, of_tokens, of_pairs = curve or (None, None, None)
     sums = torch.zeros(2, *call.q.shape, dtype=torch.float32, device=call.q.device)

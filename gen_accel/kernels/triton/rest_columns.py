@@ -144,8 +144,8 @@ def _sloped(
     return b_acc
 
 
-@triton.jit(do_not_specialize=SIZES)
-def columns_forward_kernel(
+@triton.jit
+def attend_columns(
     q,
     pooled_k,
     pooled_v,
@@ -164,8 +164,10 @@ def columns_forward_kernel(
     keep_h,
     keep_r,
     keep_c,
-    first,
-    groups,
+    i_set,
+    i_head,
+    i_block,
+    i_tile,
     H,
     N,
     R,
@@ -175,7 +177,6 @@ def columns_forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    GROUP: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -183,22 +184,15 @@ def columns_forward_kernel(
     CURVED: tl.constexpr,
     SLOPED: tl.constexpr,
 ):
-    """Write the softmax over all columns, its log-sum-exp, and this without the score of the
-    common key; zeros and -inf without a column. If SLOPED add the slope, whose H is `state`."""
+    """Write, for a tile of a query block, the softmax over all columns of a set, its log-sum-exp,
+    and this without the score of the common key; zeros and -inf without a column. If SLOPED add
+    the slope, whose H is `state`."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
-    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_pair, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    i_head, i_block = pair_at(first, groups, i_pair, GROUP)
-    if i_block >= R:
-        return
     i_b, i_h = i_head // H, i_head % H
     keep += i_b * keep_b + i_h * keep_h + i_block * keep_r
     if CENTRED:
-        i_set = i_pair.to(tl.int64)
         bias += i_set * C
         curves += i_set * C
-    else:
-        i_set = i_head
     pooled_k += i_set * C * D
     pooled_v += i_set * C * D
 
@@ -250,3 +244,78 @@ def columns_forward_kernel(
     b_low = tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(b_safe))
     tl.store(low_lse + i_head * N + o_t, b_low * LN2, mask=o_t >= 0)
     tl.store(lse + i_head * N + o_t, (b_low + b_less) * LN2, mask=o_t >= 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def columns_forward_kernel(
+    q,
+    pooled_k,
+    pooled_v,
+    bias,
+    common,
+    state,
+    out,
+    lse,
+    low_lse,
+    keep,
+    slots,
+    keep_b,
+    keep_h,
+    keep_r,
+    keep_c,
+    H,
+    N,
+    R,
+    C,
+    factor,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOPED: tl.constexpr,
+):
+    """Run `attend_columns` around mean keys, one set for each head."""
+    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
+    i_row, i_head = tl.program_id(0) // TILES, tl.program_id(1).to(tl.int64)
+    attend_columns(
+        q,
+        pooled_k,
+        pooled_v,
+        bias,
+        bias,
+        bias,
+        common,
+        common,
+        state,
+        out,
+        lse,
+        low_lse,
+        keep,
+        slots,
+        keep_b,
+        keep_h,
+        keep_r,
+        keep_c,
+        i_head,
+        i_head,
+        i_row,
+        tl.program_id(0) % TILES,
+        H,
+        N,
+        R,
+        C,
+        factor,
+        scale,
+        D,
+        BLOCK_D,
+        BLOCK_Q,
+        TILE_M,
+        TILE_N,
+        WIDTH,
+        False,
+        False,
+        SLOPED,
+    )

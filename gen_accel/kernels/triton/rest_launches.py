@@ -17,6 +17,7 @@ from gen_accel.kernels.triton.rest_backward import (
     columns_dq_kernel,
 )
 from gen_accel.kernels.triton.rest_columns import columns_forward_kernel
+from gen_accel.kernels.triton.rest_turns import rest_turns_kernel
 
 PAIRS = 1 << 15  # the most pairs in a chunk, limited by the second axis of a grid
 
@@ -192,7 +193,7 @@ def _groups(call: RestCall) -> tuple[int, int]:
     return total, triton.cdiv(total, triton.cdiv(total, most))
 
 
-def _most_pairs(call: RestCall) -> int:
+def most_pairs(call: RestCall) -> int:
     """Number of pairs of a chunk, the last one perhaps with fewer."""
     return _groups(call)[1] * _group(call)
 
@@ -291,18 +292,19 @@ def around_keys(call: RestCall) -> tuple[Chunk, PooledColumns]:
     return chunk, PooledColumns(keys, values, bias, bias, bias, centred=False)
 
 
-def room(call: RestCall) -> PooledColumns:
-    """Allocate the columns for the pairs of a chunk, uninitialised."""
-    pairs, Kk = _most_pairs(call), call.blocks[1]
+def room(call: RestCall, pairs: int, *, spreads: bool = True) -> PooledColumns:
+    """Allocate the columns for a number of pairs, uninitialised; without `spreads` the biases
+    stand for them."""
+    Kk = call.blocks[1]
     keys, values = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
-    numbers = call.q.new_empty(2 + call.curved, pairs, Kk, dtype=torch.float32)
-    return PooledColumns(keys, values, numbers[0], numbers[1], numbers[-1], centred=True)
+    numbers = call.q.new_empty(1 + spreads + call.curved, pairs, Kk, dtype=torch.float32)
+    return PooledColumns(keys, values, numbers[0], numbers[spreads], numbers[-1], centred=True)
 
 
 def parts_of_means(call: RestCall) -> tuple[Tensor, Tensor]:
     """Allocate, uninitialised, (pairs, parts, D), the part of the gradient of a pair's mean query
     from each tile of keys; and their sum, (pairs, D) fp32."""
-    pairs, D = _most_pairs(call), call.q.shape[3]
+    pairs, D = most_pairs(call), call.q.shape[3]
     parts = call.q.new_empty(pairs, _key_tiles(call), D)
     return parts, call.q.new_empty(pairs, D, dtype=torch.float32)
 
@@ -326,11 +328,11 @@ def curve_grads(call: RestCall) -> CurveGrads | None:
 
 def pool(call: RestCall, means: Tensor, pooled: PooledColumns) -> OfChunk:
     blocks, curve = configs.POOL_BLOCKS, call.curve_or_any
-    groups, size = _grouping(call)
+    (groups, size), config = _grouping(call), _pool_config("pool", call)
     prepared = _prepared(
         pool_kernel,
         call,
-        _pool_config("pool", call),
+        config,
         tensors=(
             *(means, *rows(call.k, call.v), *pooled[:5], call.common),
             *(curve.squares, curve.key_means, curve.weight, call.keep, call.slots),
@@ -340,43 +342,94 @@ def pool(call: RestCall, means: Tensor, pooled: PooledColumns) -> OfChunk:
         GROUP=size,
         BLOCKS=blocks,
         CURVED=call.curved,
+        STAGES=config.num_stages,
     )
     programs = triton.cdiv(call.blocks[1], blocks)
     return lambda chunk: prepared((programs, chunk.groups), first=chunk.first)
 
 
-def forward(
+def attend_to_means(
     call: RestCall,
     pooled: PooledColumns,
-    means: Tensor | None,
     slope: Tensor | None,
     out: Tensor,
     lse: Tensor,
     low_lse: Tensor,
-) -> OfChunk:
-    """Write the output, with the slope of H, (B, H, D, D), added if it is given, and the
-    log-sum-exp."""
-    config, (groups, size) = _columns_config("forward", call), _grouping(call, pooled)
+) -> None:
+    """Write the output around mean keys, with the slope of H, (B, H, D, D), added if it is given,
+    and the log-sum-exp."""
+    config = _columns_config("forward", call)
     prepared = _prepared(
         columns_forward_kernel,
         call,
         config,
         tensors=(
-            *(*rows(call.q), *pooled[:3], pooled.curves, call.curve_or_any.rise, call.common),
-            *(call.held_k if means is None else means, call.q if slope is None else slope),
+            *(*rows(call.q), *pooled[:3], call.common, call.q if slope is None else slope),
             *(*rows(out), lse, low_lse, call.keep, call.slots),
         ),
-        numbers=(*call.keep.stride(), 0, groups, *call.sizes, call.factor),
+        numbers=(*call.keep.stride(), *call.sizes, call.factor),
         BLOCK_Q=call.block_q,
-        GROUP=size,
         TILE_M=config.tile_m,
         WIDTH=configs.width(_arch(call), config, call.q.shape[3]),
-        CENTRED=pooled.centred,
-        CURVED=call.curved,
         SLOPED=slope is not None,
     )
-    tiles = triton.cdiv(call.block_q, config.tile_m)
-    return lambda chunk: prepared((chunk.pairs * tiles, 1), first=chunk.first)
+    prepared((call.blocks[0] * triton.cdiv(call.block_q, config.tile_m), call.heads))
+
+
+def in_turns(
+    call: RestCall,
+    means: Tensor,
+    slope: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    low_lse: Tensor,
+) -> None:
+    """Write the output around mean queries, (B, H, Kq, D) fp32, and the log-sum-exp; other
+    arguments as in `attend_to_means`. See `rest_turns`."""
+    (Kq, Kk), D, curve = call.blocks, call.q.shape[3], call.curve_or_any
+    given = configs.turns(_arch(call), D, call.q.dtype, call.block_q, call.block_k)
+    of_pool, config = given
+    size, blocks = configs.group(of_pool, Kq), configs.POOL_BLOCKS
+    groups = triton.cdiv(Kq, size)
+    total, pair = call.heads * groups, 2 * Kk * D * call.q.element_size()
+    card = configs.card_size(call.q.device)
+    step = configs.groups_in_turns(card, given, call.block_q, call.blocks, pair)
+    chunks = triton.cdiv(total, step)
+    step = triton.cdiv(total, chunks)
+    pooled = room(call, min(chunks, configs.ROOMS) * step * size, spreads=False)
+    turns = torch.zeros(1 + 2 * chunks, dtype=torch.int32, device=call.q.device)
+    prepared = _prepared(
+        rest_turns_kernel,
+        call,
+        config,
+        tensors=(
+            *(turns, *rows(call.q), means.to(call.q.dtype), *rows(call.k, call.v), *pooled[:3]),
+            *(
+                pooled.curves,
+                curve.rise,
+                call.common,
+                curve.squares,
+                curve.key_means,
+                curve.weight,
+                means,
+            ),
+            *(call.q if slope is None else slope, *rows(out), lse, low_lse),
+            *(call.keep, call.slots),
+        ),
+        numbers=(*call.keep.stride(), chunks, step, total, groups, *call.sizes, call.factor),
+        BLOCK_Q=call.block_q,
+        BLOCK_K=call.block_k,
+        GROUP=size,
+        LOAD=of_pool.tile_n,
+        BLOCKS=blocks,
+        TILE_M=config.tile_m,
+        WIDTH=configs.width(_arch(call), config, D),
+        CURVED=call.curved,
+        SLOPED=slope is not None,
+        STAGES=of_pool.num_stages,
+    )
+    turns_of_group = triton.cdiv(Kk, blocks) + size * triton.cdiv(call.block_q, config.tile_m)
+    prepared((chunks * step * turns_of_group, 1))
 
 
 def dq_of(
