@@ -5,8 +5,8 @@ softmax goes on over the kept keys, and nothing in fp32 lies between. With a gra
 other kernels, both outputs are merged. Around mean keys there is one set of columns for a head.
 Around mean queries there is one for each pair of a head and a query block, together more than the
 size of q. One launch writes and reads them, see `rest_turns`. The backward pass computes them
-again, in chunks that fill the card: one kernel writes the pooled keys and values, and the next ones
-read them. One program alone adds to each sum, in a fixed order.
+again, in chunks that fill the card: one kernel writes the pooled keys and values, and the next
+ones read them. One program alone adds to each sum, in a fixed order.
 """
 
 import math
