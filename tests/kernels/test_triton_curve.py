@@ -109,8 +109,8 @@ def test_nothing_waits_and_nothing_is_random(device, monkeypatch):
     assert forward == sum(work.launches for work in modelled), counted.done
     assert kernels == {
         "block_squares_kernel": 3,
-        "mean_squares_kernel": 2,
-        "rise_kernel": 1,
+        "head_facts_kernel": 1,
+        "weighed_squares_kernel": 1,
         "off_means_backward_kernel": 2,
     }
     assert counted.waits == []
