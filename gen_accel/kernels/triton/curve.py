@@ -81,7 +81,7 @@ def off_means_backward_kernel(
     dweight,
     sums,
     counted,
-    total,
+    totals,
     dx,
     slots,
     H,
@@ -102,7 +102,7 @@ def off_means_backward_kernel(
         b_all = one_row(dweight, i_head, D, BLOCK_D) - b_less * b_u
     else:
         b_all = b_c * b_a - b_less * b_w
-    b_all *= tl.where(tl.load(counted + i_block) > 0.0, 1.0 / tl.load(total), 0.0)
+    b_all *= tl.where(tl.load(counted + i_block) > 0.0, 1.0 / tl.load(totals), 0.0)
     b_own = b_c * b_u
     drise += i_head * N
     dx = of_head(dx, i_head // H, i_head % H)
