@@ -364,7 +364,7 @@ def _curve_cases(D: int, block: int) -> Iterator[Case]:
     for name in ("PLAIN", "WEIGHED", "DEVIATION"):
         flag = {"KIND": getattr(pooling, name).value}
         kernel = pooling.block_squares_kernel
-        yield Case(f"facts {name.lower()}", kernel, {**sizes, **flag}, launch.WARPS, 3)
+        yield Case(f"squares {name.lower()}", kernel, {**sizes, **flag}, launch.WARPS, 3)
     for on in (False, True):
         name, kernel = f"curve backward{' queries' if on else ''}", curve.off_means_backward_kernel
         yield Case(name, kernel, {**sizes, "QUERIES": on}, launch.WARPS, 3)
@@ -372,26 +372,27 @@ def _curve_cases(D: int, block: int) -> Iterator[Case]:
 
 def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Yield the slope kernels around queries; around keys they take no mean of the queries."""
-    config = configs.slope(arch, D, dtype)
-    sizes = {**configs.dims(D), "BLOCK": block, "CHUNK": config.chunk}
+    own = configs.slope(arch, D, dtype)
+    own = own._replace(tile=configs.tile(block, own.tile))
+    plain = own._replace(tile=configs.part_tile(arch, dtype, block))
+    beside, ahead = configs.facts(arch, D, dtype, block)
     part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
-    plain, facts = {**part, "FACTS": False}, {**part, "FACTS": True}
-    part_tile, tile = configs.part_tile(arch, dtype, block), configs.tile(block, config.tile)
-    for kind, rows, flags in (
-        ("parts", part_tile, plain),
-        ("parts", part_tile, facts),
-        ("add", tile, {"CENTRED": True}),
-        ("queries_backward", tile, {"CENTRED": True}),
-        ("keys_backward", tile, {"TRANSPOSED": False}),
-        ("keys_backward", tile, {"TRANSPOSED": True}),
+    for kind, config, stages, flags in (
+        ("parts", plain, 1, {**part, "FACTS": False}),
+        ("parts", beside, ahead, {**part, "FACTS": True}),
+        ("add", own, 1, {"CENTRED": True}),
+        ("queries_backward", own, 1, {"CENTRED": True}),
+        ("keys_backward", own, 1, {"TRANSPOSED": False}),
+        ("keys_backward", own, 1, {"TRANSPOSED": True}),
     ):
         flag, on = next(reversed(flags.items()))
         name = f"slope {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
         kernel = getattr(slope, f"slope_{kind}_kernel")
-        needed = rows * sizes["BLOCK_D"] * config.chunk
-        constants = {**sizes, "TILE": rows, **flags}
-        case = Case(name, kernel, constants, config.num_warps, 1, needed, rows)
-        yield case._replace(turns=math.ceil(block / rows), nested=kind == "parts")
+        constants = {**configs.dims(D), "BLOCK": block, "CHUNK": config.chunk}
+        constants |= {"TILE": config.tile, **flags}
+        needed = config.tile * configs.padded_dim(D) * config.chunk
+        case = Case(name, kernel, constants, config.num_warps, stages, needed, config.tile)
+        yield case._replace(turns=math.ceil(block / config.tile), nested=kind == "parts")
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:

@@ -75,7 +75,9 @@ def _mean(
 
 
 @triton.jit
-def _both_means(x, y, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _both_means(
+    x, y, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
     """Compute what `block_mean` does, of two tensors at once: their loads overlap."""
     b_x = tl.zeros([o_d.shape[0]], tl.float32)
     b_y = tl.zeros([o_d.shape[0]], tl.float32)
@@ -121,22 +123,33 @@ def slope_parts_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_sum = tl.zeros([BLOCK_D, CHUNK], tl.float32)
+    TILES: tl.constexpr = (BLOCK + TILE - 1) // TILE
     for i_block in range(i_part * BLOCKS, tl.minimum((i_part + 1) * BLOCKS, K)):
         if FACTS:
-            b_mean, b_mid, b_held = _both_means(x, y, slots, i_block, o_d, D, BLOCK, TILE)
             b_square = tl.zeros([BLOCK_D], tl.float32)
-            b_apart = tl.zeros([BLOCK_D], tl.float32)
+            b_apart = tl.zeros([TILE], tl.float32)
+            b_mean, b_mid, b_held = b_square, b_square, 1.0
+            if TILES > 1:
+                b_mean, b_mid, b_held = _both_means(x, y, slots, i_block, o_d, D, BLOCK, TILE)
         else:
             b_mean = _mean(x, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
-        for i_tile in range((BLOCK + TILE - 1) // TILE):
+        for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-            b_x = off_mean(x, o_t, o_d, b_mean, D)
             b_y = load_columns(y, o_t, o_c, D)
-            b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
             if FACTS:
+                b_row = load_columns(x, o_t, o_d, D).to(tl.float32)
+                b_off = b_y if CHUNK >= BLOCK_D else load_columns(y, o_t, o_d, D)
+                b_off = b_off.to(tl.float32)
+                if TILES == 1:
+                    b_held = tl.maximum(tl.sum((o_t >= 0).to(tl.float32), 0), 1.0)
+                    b_mean, b_mid = tl.sum(b_row, 0) / b_held, tl.sum(b_off, 0) / b_held
+                b_x = tl.where((o_t >= 0)[:, None], b_row - b_mean[None, :], 0.0)
+                b_off = tl.where((o_t >= 0)[:, None], b_off - b_mid[None, :], 0.0)
                 b_square += tl.sum(b_x * b_x, 0)
-                b_off = off_mean(y, o_t, o_d, b_mid, D)
-                b_apart += tl.sum(b_off * b_off, 0)
+                b_apart += tl.sum(b_off * b_off, 1)
+            else:
+                b_x = off_mean(x, o_t, o_d, b_mean, D)
+            b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
         if FACTS:
             if i_chunk == 0:
                 i_row = i_head * K + i_block
@@ -409,13 +422,18 @@ def _launch_parts(
     tokens: int | None = None,
 ) -> None:
     """Write the parts, and the facts if `tokens` are given."""
+    facts = configs.architecture(x.device), x.shape[3], x.dtype, block
+    if tokens is None:
+        config, stages = _config(x)._replace(tile=configs.part_tile(facts[0], x.dtype, block)), 1
+    else:
+        config, stages = configs.facts(*facts)
     launch_blocks(
         slope_parts_kernel,
         *(x, slots, block, (*rows(x, y), parts, *facts)),
         *(x.shape[1], slots.numel() // block, tokens or 0),
-        config=_config(x),
+        config=config,
         programs=parts.shape[2],
-        TILE=configs.part_tile(configs.architecture(x.device), x.dtype, block),
+        num_stages=stages,
         BLOCKS=configs.part_blocks(x.shape[3], block),
         CENTRED=centred,
         FACTS=tokens is not None,
