@@ -15,7 +15,7 @@ from gen_accel.plan import Plan, Rest, pack, unpack
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
 SCALE, SLOTS = 0.3, 144
-VIDEO = VideoShape(3, 6, 10, text=7)
+VIDEO = VideoShape(2, 6, 8, text=7)
 METHOD = Piecewise(0.2, score="loss", block_q=32, block_k=16)
 
 
@@ -32,8 +32,10 @@ def plan_of(device, block_q=24, block_k=12, counts="all"):
     return Plan(slots, keep, block_q, block_k, rest=order).to(device)
 
 
-def by_torch(q, k, v, plan):
-    """Facts in the order of `BlockFacts`; the common key is any, and 0 here."""
+def by_torch(tensors, dtype, plan):
+    """Facts in the order of `BlockFacts`; the common key is any, and 0 here. In fp32, offsets of
+    keys are rounded for the state as products take them."""
+    q, k, v = (x.to(dtype) for x in tensors)
     query, key = (
         (pack(x, plan) * plan.real[:, None]).unflatten(2, (-1, block)).sum(3)
         / plan.real.view(-1, block, 1).sum(1).clamp_min(1)
@@ -43,6 +45,8 @@ def by_torch(q, k, v, plan):
     off = rest._off_means(pack(k, plan), plan, plan.block_k)
     squares = unpack((off.square() * weight[:, :, None]).sum(-1, keepdim=True), plan)[..., 0]
     made = choosing.block_deviations(v, plan, plan.block_k, "gather")
+    if dtype == torch.float32:
+        off = off.to(tensors[0].dtype).float()
     return query, key, made, rise, weight, squares, key[:, :, 0] * 0, off.mT @ pack(v, plan)
 
 
@@ -63,13 +67,12 @@ def test_facts_match_torch(blocks, dtype, dim, counts, device):
     q, k, v = (x.transpose(1, 2) for x in inputs(plan, dtype, dim, batch=2, heads=2))
     q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k + 5, v - 3))
     made = block_facts.facts_of(q, k, v, plan, plan.rest, scale=SCALE)
-    low, exact = (by_torch(q.to(x), k.to(x), v.to(x), plan) for x in (torch.float32, torch.float64))
+    low, exact = (by_torch((q, k, v), x, plan) for x in (torch.float32, torch.float64))
     for name, result, *others in zip(made._fields, made, low, exact, strict=True):
         if name == "common":
             assert (result - k.double().mean(2)).abs().max() < 1
         elif name == "state":
-            rounded = others[0].to(result.dtype)
-            assert_no_worse(result, rounded, others[1], more=result.dtype.itemsize < 4)
+            assert_no_worse(result, others[0].to(result.dtype), others[1])
         else:
             some = (x[:, :, 3:] if name == "deviations" else x for x in (result, *others))
             assert_no_worse(*some, factor=4.0)
@@ -90,9 +93,10 @@ def triton_alone(monkeypatch):
 
 def drawn(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 2, VIDEO.tokens, 16, generator=g).to(dtype) for _ in "qkv"]
+    return [torch.randn(1, 2, VIDEO.tokens, 16, generator=g).to(dtype) for _ in "qkv"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_alone")
 def test_the_choice_hands_facts_on_to_the_rest(monkeypatch):
     """To the last bit what the rest would make, also of some heads at a time."""
@@ -109,6 +113,7 @@ def test_the_choice_hands_facts_on_to_the_rest(monkeypatch):
     assert torch.equal(out, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_alone")
 def test_a_call_makes_facts_in_four_launches(monkeypatch):
     def call():
@@ -122,7 +127,7 @@ def test_a_call_makes_facts_in_four_launches(monkeypatch):
     of_facts = "block_squares", "slope_parts", "head_facts", "weighed_squares"
     assert [counted.done[f"{name}_kernel"] for name in of_facts] == [1] * 4
     assert not {"sums_kernel", "common_kernel", "aten::sum"} & {*counted.done}
-    assert sum(work.launches for work in rest_cost.facts(rest_cost.Problem(2, 187, 16))) == 4
+    assert sum(work.launches for work in rest_cost.facts(rest_cost.Problem(2, VIDEO.tokens, 16))) == 4
     assert counted.waits == []
     assert counted.random == []
 
@@ -138,12 +143,16 @@ def test_facts_serve_the_call_that_they_are_of_and_once(device):
     assert plan.taken_facts(q, k, v, 0.3) == "facts"
 
 
-@pytest.mark.usefixtures("triton_alone")
-def test_a_call_with_a_gradient_hands_nothing_on(monkeypatch):
-    def refuse(*given, **more):
-        raise AssertionError("facts have no gradient")
+def test_a_call_with_a_gradient_hands_nothing_on(device):
+    """Nor one under autocast, whose kernel casts; but one whose gradient is turned off."""
+    plan = plan_of(device)
+    tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
 
-    tensors = [x.requires_grad_() for x in drawn()]
-    monkeypatch.setattr(block_facts, "facts_of", refuse)
-    out = attention(*tensors, video=VIDEO, method=METHOD, kernel="triton")
-    assert all(x.any() for x in torch.autograd.grad(out.sum(), tensors))
+    def make():
+        return rest.block_facts(*tensors, plan, plan.rest, scale=SCALE, kernel="triton")
+
+    assert make() is None
+    with torch.no_grad():
+        assert make() is not None
+        with torch.autocast(device.type, torch.bfloat16):
+            assert make() is None

@@ -422,11 +422,11 @@ def _launch_parts(
     tokens: int | None = None,
 ) -> None:
     """Write the parts, and the facts if `tokens` are given."""
-    facts = configs.architecture(x.device), x.shape[3], x.dtype, block
+    arch, D = configs.architecture(x.device), x.shape[3]
     if tokens is None:
-        config, stages = _config(x)._replace(tile=configs.part_tile(facts[0], x.dtype, block)), 1
+        config, stages = _config(x)._replace(tile=configs.part_tile(arch, x.dtype, block)), 1
     else:
-        config, stages = configs.facts(*facts)
+        config, stages = configs.facts(arch, D, x.dtype, block)
     launch_blocks(
         slope_parts_kernel,
         *(x, slots, block, (*rows(x, y), parts, *facts)),
@@ -434,7 +434,7 @@ def _launch_parts(
         config=config,
         programs=parts.shape[2],
         num_stages=stages,
-        BLOCKS=configs.part_blocks(x.shape[3], block),
+        BLOCKS=configs.part_blocks(D, block),
         CENTRED=centred,
         FACTS=tokens is not None,
     )
