@@ -193,12 +193,13 @@ def second_order(problem: Problem) -> list[KernelWork]:
 
 def facts(problem: Problem) -> list[KernelWork]:
     """List the work of the facts of blocks: over q; over k and v, with the parts of the slope;
-    the sums of a head; and over q and k once more. The first two read their rows from memory, and
-    again from the cache. Numbers of a block are few."""
+    the sums of a head; and over q and k once more. Rows of q come again from the cache, and so do
+    those of longer blocks of k and v than a tile. Numbers of a block are few."""
     parts, total, _ = first_order(problem)
+    again = 2 * problem.one if problem.block_k > configs.FACTS[128].tile else 0
     return [
         KernelWork(0, problem.one, 2 * problem.one),
-        parts._replace(cache=parts.cache + problem.one),
+        parts._replace(cache=parts.memory + again),
         total._replace(launches=1),
         KernelWork(0, 2 * problem.one, 2 * problem.one),
     ]

@@ -41,7 +41,7 @@ def test_products_and_bytes_are_those_of_the_kernels():
     assert (add.memory, add.cache, add.launches) == (0, 4 * (2 * 16 * 16 * 2), 0)
     more = rest_cost.second_order(problem)
     assert sum(work.memory for work in more) == 2 * (2 * 512 * 16 * 2)
-    assert sum(work.cache for work in more) == 4 * (2 * 512 * 16 * 2) + pairs / 2
+    assert sum(work.cache for work in more) == 2 * (2 * 512 * 16 * 2) + pairs / 2
     assert sum(work.launches for work in more) == 4 - (1 + 1 + 3)
 
 
