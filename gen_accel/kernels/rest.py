@@ -67,7 +67,7 @@ def block_facts(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    slots: Slots,
+    slots: Slots | Plan,
     rest: Rest | None,
     *,
     scale: float,
@@ -129,8 +129,8 @@ def attention(
     out, totals = torch.empty_like(q), []
     for first in range(0, H, step):
         some = slice(first, first + step)
-        given = *(x[:, some] for x in (q, k, v)), plan.of_heads(some)
-        out[:, some], total = run(*given, facts and facts.of_heads(some))
+        own = None if facts is None else facts.of_heads(some)
+        out[:, some], total = run(q[:, some], k[:, some], v[:, some], plan.of_heads(some), own)
         totals.append(total)
     return out, torch.cat(totals, 1)
 

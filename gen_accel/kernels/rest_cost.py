@@ -184,11 +184,13 @@ def second_order(problem: Problem) -> list[KernelWork]:
     # The sums of a head have the common key, for which the lower orders launch a kernel.
     replaced = means, parts, total._replace(launches=total.launches + COMMON.launches)
     queries, keys, heads, weighed = facts(problem)
-    less = (
-        KernelWork(*(new - old for new, old in zip(own, other, strict=True)))
-        for own, other in zip((queries, keys, heads), replaced, strict=True)
-    )
+    less = [_less(*two) for two in zip((queries, keys, heads), replaced, strict=True)]
     return [*less, weighed, KernelWork(0, 0, pooled_bytes(problem) / 2, launches=0)]
+
+
+def _less(work: KernelWork, other: KernelWork) -> KernelWork:
+    made = (own - others for own, others in zip(work[:3], other[:3], strict=True))
+    return KernelWork(*made, launches=work.launches - other.launches)
 
 
 def facts(problem: Problem) -> list[KernelWork]:

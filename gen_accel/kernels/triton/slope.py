@@ -151,8 +151,8 @@ def slope_parts_kernel(
                 b_x = off_mean(x, o_t, o_d, b_mean, D)
             b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
         if FACTS:
+            i_row = i_head * K + i_block
             if i_chunk == 0:
-                i_row = i_head * K + i_block
                 tl.store(wide_means + i_row * D + o_d, b_mean, mask=o_d < D)
                 tl.store(squares + i_row * D + o_d, b_square, mask=o_d < D)
                 tl.store(deviations + i_row, deviation(b_apart, b_mid, b_held))
