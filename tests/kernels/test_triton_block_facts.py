@@ -68,7 +68,7 @@ def by_torch(tensors, dtype, plan):
 )
 def test_facts_match_torch(blocks, dtype, dim, counts, device):
     """Also of tokens that are far apart in memory, and of keys that have much in common."""
-    plan = plan_of(device, *blocks, counts)
+    plan = plan_of(device, *blocks, counts=counts)
     swapped = (x.transpose(1, 2).contiguous() for x in inputs(plan, dtype, dim, batch=2, heads=2))
     q, k, v = (x.transpose(1, 2) for x in swapped)
     made = facts_of(q, k + 5, v - 3, plan)

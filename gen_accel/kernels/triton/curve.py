@@ -1,7 +1,7 @@
 """Curve of a rest of the second order, forward and backward; prefixes of names as in `tiles`.
 
 For queries, and likewise for keys, let e_t be the offset of token t from the mean of its block,
-n_i the number of tokens in block i, and l_i how often it is in a pair of blocks that is left out.
+n_i the number of tokens in block i, and l_i 1 if the block counts, else 0: see `Rest.tokens`.
 With w of queries, u of keys and s = CURVATURE scale^2:
 
     w_d = sum_i l_i sum_{t in i} e_td^2 / sum_i l_i n_i
