@@ -282,6 +282,10 @@ class Rest:
                 )
 
 
+# Tensors and scale of a call, and facts of it that wait for the rest.
+NO_FACTS: tuple[tuple[Any, Any, Any], float, Any] = (None, None, None), 0.0, None
+
+
 # Not frozen, but never changed: for a frozen dataclass that is made in its graph, torch.compile
 # would read the fields alone.
 @dataclass(eq=False)
@@ -333,6 +337,7 @@ class Plan:
         self._check()
         self.patterns = self.keep.shape[:2]
         self._prepared: dict[Hashable, Any] = {}
+        self._facts = NO_FACTS
         self.runs = self.keep if isinstance(self.keep, Runs) else None
         if self.runs is not None:
             del self.keep
@@ -390,6 +395,17 @@ class Plan:
             with torch.inference_mode(False):
                 self._prepared[kind] = make()
         return self._prepared[kind]
+
+    def hand_on(self, q: Tensor, k: Tensor, v: Tensor, scale: float, facts: Any) -> None:
+        """Hold facts of a call that the choice of its blocks leaves for the rest."""
+        self._facts = (q, k, v), scale, facts
+
+    def taken_facts(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
+        """Return what was handed on for the same tensors and scale, else None. The plan holds it
+        no longer."""
+        (tensors, own, facts), self._facts = self._facts, NO_FACTS
+        same = all(x is y for x, y in zip(tensors, (q, k, v), strict=True))
+        return facts if same and own == scale else None
 
     @property
     def kept(self) -> "Plan":

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gen_accel.kernels.triton import (
+    block_facts,
     block_sparse,
     configs,
     curve,
@@ -81,7 +82,8 @@ TYPES = {
     **dict.fromkeys(("dmeans", "dbias", "shifts", "spreads", "wide_means"), "*fp32"),
     **dict.fromkeys(("dk_sums", "dv_sums", "dweight_sums", "dweight_parts"), "*fp32"),
     **dict.fromkeys(("rise", "drise", "curves", "dcurves", "key_means", "squares"), "*fp32"),
-    **dict.fromkeys(("times", "totals", "mean", "sums", "dweight"), "*fp32"),
+    **dict.fromkeys(("counted", "totals", "sums", "dweight", "deviations"), "*fp32"),
+    **dict.fromkeys(("key_squares", "key_counted"), "*fp32"),
     **dict.fromkeys(("parts", "common", "low_lse"), "*fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y", "dx")
@@ -171,8 +173,6 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
     sizes = {**dim, "BLOCK": block, "TILE": launch.TILE, "MEAN": True, "LESS": True}
     yield Case("pooled", pooling.sums_kernel, sizes, launch.WARPS, 3)
-    sizes = {**dim, "BLOCK": block, "TILE": launch.TILE}
-    yield Case("deviations", pooling.deviations_kernel, sizes, launch.WARPS, 3)
     yield Case("lists count", listing.count_kernel, lists, 4, 3)
     yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
     yield Case("lists fill", listing.fill_kernel, lists, 4, 3)
@@ -376,42 +376,47 @@ def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[C
             keys,
             inner=0 if kind == "pool backward" else math.ceil(block / config.tile_n),
         )
-    sizes = {**dim, "BLOCK": block, "TILE": launch.TILE}
-    yield Case("rest squares", pooling.squares_kernel, sizes, launch.WARPS, 3)
 
 
 def _curve_cases(D: int, block: int) -> Iterator[Case]:
     dim = {**configs.dims(D), "TILE": launch.TILE}
-    yield Case("curve mean squares", curve.mean_squares_kernel, dim, launch.WARPS, 3)
+    sums = {"D": D, "TILE": launch.TILE, "COLUMNS": block_facts.COLUMNS}
+    yield Case("facts of heads", block_facts.head_facts_kernel, sums, launch.WARPS, 3)
+    sizes = {**dim, "BLOCK_Q": block, "BLOCK_K": block}
+    yield Case("facts weighed", block_facts.weighed_squares_kernel, sizes, launch.WARPS, 3)
     sizes = {**dim, "BLOCK": block}
-    yield Case("curve rise", curve.rise_kernel, sizes, launch.WARPS, 3)
-    for kind, flag in (("block_squares", "WEIGHED"), ("off_means_backward", "QUERIES")):
-        for on in (False, True):
-            name = f"curve {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
-            kernel = getattr(curve, f"{kind}_kernel")
-            yield Case(name, kernel, {**sizes, flag: on}, launch.WARPS, 3)
+    for name in ("PLAIN", "WEIGHED", "DEVIATION"):
+        flag = {"KIND": getattr(pooling, name).value}
+        kernel = pooling.block_squares_kernel
+        yield Case(f"squares {name.lower()}", kernel, {**sizes, **flag}, launch.WARPS, 3)
+    for on in (False, True):
+        name, kernel = f"curve backward{' queries' if on else ''}", curve.off_means_backward_kernel
+        yield Case(name, kernel, {**sizes, "QUERIES": on}, launch.WARPS, 3)
 
 
 def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Yield the slope kernels around queries; around keys they take no mean of the queries."""
-    config = configs.slope(arch, D, dtype)
-    sizes = {**configs.dims(D), "BLOCK": block, "CHUNK": config.chunk}
+    own = configs.slope(arch, D, dtype)
+    own = own._replace(tile=configs.tile(block, own.tile))
+    plain = own._replace(tile=configs.part_tile(arch, dtype, block))
+    beside, ahead = configs.facts(arch, D, dtype, block)
     part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
-    part_tile, tile = configs.part_tile(arch, dtype, block), configs.tile(block, config.tile)
-    for kind, rows, flags in (
-        ("parts", part_tile, part),
-        ("add", tile, {"CENTRED": True}),
-        ("queries_backward", tile, {"CENTRED": True}),
-        ("keys_backward", tile, {"TRANSPOSED": False}),
-        ("keys_backward", tile, {"TRANSPOSED": True}),
+    for kind, config, stages, flags in (
+        ("parts", plain, 1, {**part, "FACTS": False}),
+        ("parts", beside, ahead, {**part, "FACTS": True}),
+        ("add", own, 1, {"CENTRED": True}),
+        ("queries_backward", own, 1, {"CENTRED": True}),
+        ("keys_backward", own, 1, {"TRANSPOSED": False}),
+        ("keys_backward", own, 1, {"TRANSPOSED": True}),
     ):
         flag, on = next(reversed(flags.items()))
         name = f"slope {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
         kernel = getattr(slope, f"slope_{kind}_kernel")
-        needed = rows * sizes["BLOCK_D"] * config.chunk
-        constants = {**sizes, "TILE": rows, **flags}
-        case = Case(name, kernel, constants, config.num_warps, 1, needed, rows)
-        yield case._replace(turns=math.ceil(block / rows), nested=kind == "parts")
+        constants = {**configs.dims(D), "BLOCK": block, "CHUNK": config.chunk}
+        constants |= {"TILE": config.tile, **flags}
+        needed = config.tile * configs.padded_dim(D) * config.chunk
+        case = Case(name, kernel, constants, config.num_warps, stages, needed, config.tile)
+        yield case._replace(turns=math.ceil(block / config.tile), nested=kind == "parts")
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gen_accel.kernels.base import Context, Kernel
 from gen_accel.kernels.dispatch import native_serves, triton_serves
 from gen_accel.kernels.native import rest as native
-from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Slots, pack, unpack
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Rest, Slots, pack, unpack
 
 NUMBERS = 1 << 24  # scores, pooled keys and pooled values that are held at once
 WIDE = 1 << 29  # bytes of outputs in fp32 that are held at once without a gradient; not timed
@@ -34,6 +34,56 @@ class Curve(NamedTuple):
 
     rise: Tensor
     weight: Tensor
+
+
+class BlockFacts(NamedTuple):
+    """What a rest of the second order needs of a call, and the choice of its blocks, whatever is
+    kept; fp32 but for the state, without a gradient.
+
+    Args:
+        query_means, key_means: (B, H, Kq, D) and (B, H, Kk, D), means of blocks.
+        deviations: (B, H, Kk), see `choosing.block_deviations`, of the values.
+        rise, weight: fields of a `Curve`.
+        squares: (B, H, N), squared offsets of keys from the means of their blocks, weighed and
+            summed over the channels.
+        common: (B, H, D), a key near those of a head.
+        state: (B, H, D, D), the slope H of `Rest`.
+    """
+
+    query_means: Tensor
+    key_means: Tensor
+    deviations: Tensor
+    rise: Tensor
+    weight: Tensor
+    squares: Tensor
+    common: Tensor
+    state: Tensor
+
+    def of_heads(self, some: slice) -> "BlockFacts":
+        return BlockFacts(*(x[:, some].contiguous() for x in self))
+
+
+def block_facts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Slots | Plan,
+    rest: Rest | None,
+    *,
+    scale: float,
+    kernel: str,
+) -> BlockFacts | None:
+    """Compute the facts of a call before its blocks are chosen, where kernels take them; else
+    None."""
+    if rest is None or rest.order != "second" or torch.compiler.is_compiling():
+        return None
+    if not triton_serves(kernel, q, q.shape[3]) or torch.is_autocast_enabled(q.device.type):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return None
+    from gen_accel.kernels.triton import block_facts as by_triton  # imports triton
+
+    return by_triton.facts_of(q, k, v, slots, rest, scale=scale)
 
 
 def attention(
@@ -61,23 +111,26 @@ def attention(
     if native_runs and native.in_one_pass(q, k, v, plan, scale=scale, kernel=kernel):
         return native.attention(q, k, v, plan, scale=scale, kernel=kernel)
     H, step = q.shape[1], _heads_at_once(q, k, v, plan)
-    runs_triton = triton_serves(kernel, q, q.shape[3])
+    runs_triton, facts = triton_serves(kernel, q, q.shape[3]), plan.taken_facts(q, k, v, scale)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, plan: Plan, facts: BlockFacts | None
+    ) -> tuple[Tensor, Tensor]:
         if runs_triton:
             from gen_accel.kernels.triton import rest as by_triton  # imports triton
 
-            return by_triton.attention(chosen, q, k, v, plan, scale=scale)
+            return by_triton.attention(chosen, q, k, v, plan, facts, scale=scale)
         out, lse = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
         joint, total = added(out, lse, q, k, v, plan, scale=scale, kernel=kernel)
         return joint.to(q.dtype), total
 
     if step == H:
-        return run(q, k, v, plan)
+        return run(q, k, v, plan, facts)
     out, totals = torch.empty_like(q), []
     for first in range(0, H, step):
         some = slice(first, first + step)
-        out[:, some], total = run(q[:, some], k[:, some], v[:, some], plan.of_heads(some))
+        own = None if facts is None else facts.of_heads(some)
+        out[:, some], total = run(q[:, some], k[:, some], v[:, some], plan.of_heads(some), own)
         totals.append(total)
     return out, torch.cat(totals, 1)
 

@@ -25,7 +25,6 @@ from gen_accel.kernels.triton import configs
 from gen_accel.plan import Centre, RestOrder
 
 MULTIPLY_ADD = 2  # operations
-CURVE_STARTS = 4  # kernels that read no tokens: two by torch, two of ours
 
 
 class KernelRates(NamedTuple):
@@ -176,21 +175,33 @@ def first_order(problem: Problem) -> list[KernelWork]:
 
 
 def second_order(problem: Problem) -> list[KernelWork]:
-    """List the work that the second order adds to the first one around queries: the curve, which
-    has the means of q and k too, so that of the zeroth order those of q are gone; the squared
-    offsets of k from them; and the pooled keys once more through the cache."""
-    once = KernelWork(0, problem.one, problem.one)
-    made, *others = curve(problem)
-    made = KernelWork(0, made.memory - once.memory, made.cache - once.cache, launches=0)
-    return [made, *others, once, KernelWork(0, 0, pooled_bytes(problem) / 2, launches=0)]
+    """List the work that the second order adds to the first one around queries: the facts, less
+    what they replace, and the pooled keys once more through the cache."""
+    means, (parts, total, _) = KernelWork(0, problem.one, problem.one), first_order(problem)
+    # The sums of a head have the common key, for which the lower orders launch a kernel.
+    replaced = means, parts, total._replace(launches=total.launches + COMMON.launches)
+    queries, keys, heads, weighed = facts(problem)
+    less = [_less(*two) for two in zip((queries, keys, heads), replaced, strict=True)]
+    return [*less, weighed, KernelWork(0, 0, pooled_bytes(problem) / 2, launches=0)]
 
 
-def curve(problem: Problem) -> list[KernelWork]:
-    """List the work of a curve: squared offsets of q and of k from the means of their blocks, and
-    the rise of q. Each reads its rows from memory, and once more from the cache. The rest is
-    small: which blocks count, and means of squares over them."""
-    twice = KernelWork(0, problem.one, 2 * problem.one)
-    return [twice, twice, twice, KernelWork(0, 0, 0, launches=CURVE_STARTS)]
+def _less(work: KernelWork, other: KernelWork) -> KernelWork:
+    made = (own - others for own, others in zip(work[:3], other[:3], strict=True))
+    return KernelWork(*made, launches=work.launches - other.launches)
+
+
+def facts(problem: Problem) -> list[KernelWork]:
+    """List the work of the facts of blocks: over q; over k and v, with the parts of the slope;
+    the sums of a head; and over q and k once more. Rows of q come again from the cache, and so do
+    those of longer blocks of k and v than a tile. Numbers of a block are few."""
+    parts, total, _ = first_order(problem)
+    again = 2 * problem.one if problem.block_k > configs.FACTS[128].tile else 0
+    return [
+        KernelWork(0, problem.one, 2 * problem.one),
+        parts._replace(cache=parts.memory + again),
+        total._replace(launches=1),
+        KernelWork(0, 2 * problem.one, 2 * problem.one),
+    ]
 
 
 def pooled_bytes(problem: Problem) -> int:

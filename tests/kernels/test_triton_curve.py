@@ -8,7 +8,6 @@ from support.checks import assert_no_worse
 from support.launches import Launches, record
 from support.triton_plans import differentiated, inputs
 
-from gen_accel.kernels import rest_cost
 from gen_accel.kernels.rest import curve_of, plain_curve
 from gen_accel.plan import Plan, Rest
 
@@ -98,19 +97,16 @@ def test_nothing_waits_and_nothing_is_random(device, monkeypatch):
     plan = plan_of(device)
     results(by_triton, inputs(plan, torch.bfloat16)[:2], None, plan)  # what is made once
     q, k, _ = (x.requires_grad_() for x in inputs(plan, torch.bfloat16, heads=2))
-    modelled = rest_cost.curve(rest_cost.Problem(2, plan.tokens, 16))
     counted = Launches()
     record(monkeypatch, counted)
     with counted:
         made = by_triton(q, k, plan)
-        forward = counted.count
         torch.autograd.grad([x.sum() for x in made], [q, k])
     kernels = {name: times for name, times in counted.done.items() if name.endswith("_kernel")}
-    assert forward == sum(work.launches for work in modelled), counted.done
     assert kernels == {
         "block_squares_kernel": 3,
-        "mean_squares_kernel": 2,
-        "rise_kernel": 1,
+        "head_facts_kernel": 1,
+        "weighed_squares_kernel": 1,
         "off_means_backward_kernel": 2,
     }
     assert counted.waits == []

@@ -71,7 +71,7 @@ def rest(device):
         q = qkv[0]
         rise, weight = torch.ones(q.shape[:3], device=device), q[:, :, 0].square() + 1
         keep = plan.keep.expand(*q.shape[:2], -1, -1)
-        given = keep, plan.slots_int32, *plan.held, rise, weight, None, None, None
+        given = keep, plan.slots_int32, *plan.held, rise, weight, *[None] * 5
         return *qkv, *given, BLOCK, BLOCK, True, 0.3, 0.01
 
     return of_plan(device, make)
@@ -79,8 +79,7 @@ def rest(device):
 
 def curve(device):
     def make(plan, qkv):
-        times = torch.ones(2, 1, HEADS, SLOTS // BLOCK, device=device).unbind()
-        return *qkv[:2], plan.slots_int32, *times, *plan.held, BLOCK, BLOCK, 0.3
+        return *qkv[:2], plan.slots_int32, plan.tokens, BLOCK, BLOCK, 0.3
 
     return of_plan(device, make)
 
@@ -119,6 +118,12 @@ def block_deviations(device):
     return of_plan(device, lambda plan, qkv: (qkv[0], plan.slots_int32, BLOCK))
 
 
+def block_facts(device):
+    return of_plan(
+        device, lambda plan, qkv: (*qkv, plan.slots_int32, plan.tokens, BLOCK, BLOCK, 0.3)
+    )
+
+
 def block_lists(device):
     keep = small_plan(device).keep
     return keep, keep & False, 4
@@ -143,6 +148,7 @@ TABLE = {
     "triton_spread": (spread, False),
     "triton_block_sums": (block_sums, False),
     "triton_block_deviations": (block_deviations, False),
+    "triton_block_facts": (block_facts, False),
     "triton_block_lists": (block_lists, False),
     "triton_least_taken": (least_taken, False),
 }

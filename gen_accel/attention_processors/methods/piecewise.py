@@ -43,6 +43,7 @@ from gen_accel.attention_processors.methods.scores import (
 from gen_accel.kernels.base import Runner, name_of, scale_of, scale_or_default
 from gen_accel.kernels.dispatch import native_serves
 from gen_accel.kernels.native import rest as native_rest
+from gen_accel.kernels.rest import BlockFacts, block_facts
 from gen_accel.method import RunPlan, Step, plan_once
 from gen_accel.parsing import Finite, Share, check_options
 from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call
@@ -232,7 +233,14 @@ class Piecewise(BlockSelection):
             if native_rest.in_one_pass(q, k, v, base, scale=scale, kernel=name):
                 out, plan = self._choose(q, k, v, base, video, scale, name, attends=True)
                 return kernel.answered(out, plan, "int8" if name == "int8" else "native")
-        return kernel(q, k, v, self.plan_for(q, k, v, video=video, scale=scale, kernel=name))
+        rest = self._rest(video) if self.centre == "query" else None
+        slots = self.layout(video, q.device).slots
+        facts = block_facts(q, k, v, slots, rest, scale=scale, kernel=name)
+        given = {"video": video, "scale": scale, "kernel": name}
+        plan = self.plan_for(q, k, v, facts=facts, **given)
+        if facts is not None:
+            plan.hand_on(q, k, v, scale, facts)
+        return kernel(q, k, v, plan)
 
     @property
     def _is_plain(self) -> bool:
@@ -327,6 +335,7 @@ class Piecewise(BlockSelection):
         video: VideoShape,
         scale: float | None = None,
         kernel: str = "auto",
+        facts: BlockFacts | None = None,
     ) -> Plan:
         """Plan of the blocks that q and k, (B, H, N, D), keep exactly.
 
@@ -334,6 +343,7 @@ class Piecewise(BlockSelection):
             v: for the scores "loss", "pooled" and "norm", which look at values too. Without, the
                 first two take values to vary equally, and "norm" is an error.
             scale: of their products; 1 / sqrt(D) without.
+            facts: of these tensors, if they are known.
         """
         layout, entries, rest = self.layout(video, q.device), None, None
         scale = scale_or_default(scale, q)
@@ -344,7 +354,8 @@ class Piecewise(BlockSelection):
                 return self._choose(q, k, v, base, video, scale, kernel, attends=False)[1]
         around = self._rest(video) if self.rest is not None and self.centre != "key" else None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            by = Scores(q, k, layout, v=v, kind=kind, scale=scale, rest=around, kernel=kernel)
+            options = {"scale": scale, "rest": around, "kernel": kernel, "facts": facts}
+            by = Scores(q, k, layout, v=v, kind=kind, **options)
             if self.select == "topk":
                 keep, _, entries = chosen(by, q, self)
             else:

@@ -35,7 +35,7 @@ from gen_accel.attention_processors.methods.blocks import (
     tile_of,
 )
 from gen_accel.kernels.choosing import block_deviations, block_means, block_spread
-from gen_accel.kernels.rest import pooled_shares
+from gen_accel.kernels.rest import BlockFacts, pooled_shares
 from gen_accel.method import Method, plan_once
 from gen_accel.plan import Plan, Rest, Slots, numbers_on, pack, plan_of_call
 from gen_accel.video import VideoShape
@@ -62,6 +62,7 @@ class Scores:
         scale: factor of the products of queries and keys.
         rest: how "pooled" pools keys, around mean queries; "zeroth" order without.
         kernel: the name of the kernel for attention, which decides what runs here.
+        facts: of the call, if they are known.
     """
 
     def __init__(
@@ -75,17 +76,20 @@ class Scores:
         scale: float = 1.0,
         rest: Rest | None = None,
         kernel: str = "auto",
+        facts: BlockFacts | None = None,
     ) -> None:
+        slots = layout.slots
         self.k, self.layout, self.kind, self.scale, self.kernel = k, layout, kind, scale, kernel
-        self.query = block_means(q, layout.slots, layout.slots.block_q, kernel)
+        known = facts is not None
+        self.query = facts.query_means if known else block_means(q, slots, slots.block_q, kernel)
         self.q, self.rest, self.norms = q, rest or Rest("query"), None
         if kind == "norm":
             if v is None:
                 raise ValueError("score 'norm' looks at the values too, got no v")
             self.norms = _slope_norms(k, v, layout)
         elif kind in ("loss", "pooled") and v is not None:
-            deviations = block_deviations(v, layout.slots, layout.slots.block_k, kernel)
-            self.norms = layout.of_ranked(deviations, 2)
+            own = facts.deviations if known else block_deviations(v, slots, slots.block_k, kernel)
+            self.norms = layout.of_ranked(own, 2)
 
     @property
     def by_all_keys(self) -> bool:

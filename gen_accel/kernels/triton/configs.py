@@ -323,6 +323,20 @@ LINEAR_FP32 = {
 PART_ROWS = 8
 # Rows of a part that a program holds at a time, so that nothing spills by compile_matrix.
 PART_TILE = {"sm_80": 32, "sm_90": 32, "sm_100": 64, "sm_120": 16, "gfx942": 32}
+# Of parts that come with facts of blocks, in 16 bits. A tile of a whole block is loaded once, and
+# in stages ahead; not timed.
+FACTS = {
+    64: LinearConfig(64, 64, 4),
+    128: LinearConfig(64, 128, 8),
+    256: LinearConfig(32, 32, 8),
+}
+# Instead of FACTS where it would spill.
+FACTS_INSTEAD = {
+    ("sm_100", 64): LinearConfig(64, 64, 8),
+    ("sm_100", 256): LinearConfig(16, 32, 8),
+    ("sm_120", 256): LinearConfig(16, 32, 8),
+}
+FACTS_STAGES = {"sm_80": 2, "sm_90": 3, "sm_100": 3, "sm_120": 1, "gfx942": 1}
 # Instead of LINEAR for the kernels that apply the slope and its gradients, where it would spill.
 SLOPE_INSTEAD = {("sm_100", 64): LinearConfig(32, 64, 4)}
 # Instead of LINEAR for the same kernels in fp16, whose sums are fp32.
@@ -351,7 +365,10 @@ def _shared(tables: Iterable[dict], keyed: Iterable[dict]) -> None:
                 table.setdefault((arch, *key[1:]), table[key])
 
 
-_shared((TABLE, ROUNDED, POOL, TURNS), (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE))
+_shared(
+    (TABLE, ROUNDED, POOL, TURNS, FACTS_STAGES),
+    (SHORT, WITH_GAIN, COLUMNS, WITH_CURVE, FACTS_INSTEAD),
+)
 
 
 def choose(
@@ -602,6 +619,16 @@ def part_blocks(D: int, block: int) -> int:
 def part_tile(arch: str, dtype: torch.dtype, block: int) -> int:
     """Tile of a part; the smallest one under the interpreter and in fp32."""
     return tile(block, 16 if dtype == torch.float32 else PART_TILE.get(arch, 16))
+
+
+def facts(arch: str, D: int, dtype: torch.dtype, block: int) -> tuple[LinearConfig, int]:
+    """Configuration of parts that come with facts of blocks, its tile cut to the block, and
+    pipeline stages."""
+    if arch == "interpreted" or dtype == torch.float32:
+        return linear(arch, D, dtype)._replace(tile=part_tile(arch, dtype, block)), 1
+    config = FACTS_INSTEAD.get((arch, bucket(D)), FACTS[bucket(D)])
+    config = config._replace(tile=tile(block, config.tile))
+    return config, FACTS_STAGES[arch] if config.tile >= block and D <= 128 else 1
 
 
 def slope(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:

@@ -18,6 +18,8 @@ subtracting kmean_j most digits would cancel.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,9 @@ from gen_accel.kernels.triton.tiles import (
 )
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+# The kinds of `block_squares_kernel`.
+PLAIN, WEIGHED, DEVIATION = (tl.constexpr(kind) for kind in range(3))
 
 
 @triton.jit(do_not_specialize=("H", "K"))
@@ -95,19 +100,45 @@ def _(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
     return x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=("H", "K"))
-def deviations_kernel(
+@triton.jit
+def counted_tokens(slots, i_block, tokens, b_held, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Return the number of tokens of a block if all are among the first `tokens`, else 0."""
+    b_last = tl.full((), -1, tl.int32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_last = tl.maximum(b_last, tl.max(o_t, 0))
+    return tl.where((b_last >= 0) & (b_last < tokens), b_held, 0.0)
+
+
+@triton.jit
+def deviation(b_squares, b_mean, b_held):
+    """Compute ln of the root of the mean squared offset of a block's tokens from their mean."""
+    b_apart = tl.sum(b_squares, 0) / b_held
+    b_apart = tl.maximum(b_apart, 1e-6 * (b_apart + tl.sum(b_mean * b_mean, 0)))
+    return 0.5 * tl.log(tl.maximum(b_apart, TINY))
+
+
+@triton.jit(do_not_specialize=("H", "N", "K", "tokens"))
+def block_squares_kernel(
     x,
-    out,
+    drise,
+    wide_means,
+    squares,
+    counted,
     slots,
     H,
+    N,
     K,
+    tokens,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """Write ln of the root of the mean squared offset of each block's tokens from their mean."""
+    """Sum the squared offsets of each block's tokens from their mean. If PLAIN, write the mean
+    and the `counted_tokens` too; if WEIGHED, multiply the squares of a token by its `drise`; if
+    DEVIATION, write the `deviation` alone, to `squares`."""
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x = of_head(x, i_head // H, i_head % H)
     o_d = tl.arange(0, BLOCK_D)
@@ -116,10 +147,58 @@ def deviations_kernel(
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
         b_off = off_mean(x, o_t, o_d, b_mean, D)
-        b_sum += tl.sum(b_off * b_off, 0)
-    b_apart = tl.sum(b_sum, 0) / b_held
-    b_apart = tl.maximum(b_apart, 1e-6 * (b_apart + tl.sum(b_mean * b_mean, 0)))
-    tl.store(out + i_head * K + i_block, 0.5 * tl.log(tl.maximum(b_apart, TINY)))
+        b_square = b_off * b_off
+        if KIND == WEIGHED:
+            b_g = tl.load(drise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
+            b_square *= b_g[:, None]
+        b_sum += tl.sum(b_square, 0)
+    i_row = i_head * K + i_block
+    if KIND == DEVIATION:
+        tl.store(squares + i_row, deviation(b_sum, b_mean, b_held))
+    else:
+        tl.store(squares + i_row * D + o_d, b_sum, mask=o_d < D)
+    if KIND == PLAIN:
+        tl.store(wide_means + i_row * D + o_d, b_mean, mask=o_d < D)
+        if i_head == 0:
+            b_count = counted_tokens(slots, i_block, tokens, b_held, BLOCK, TILE)
+            tl.store(counted + i_block, b_count)
+
+
+class BlockSquares(NamedTuple):
+    """Numbers of the blocks of queries or of keys, fp32.
+
+    Args:
+        means: (B, H, K, D).
+        squares: (B, H, K, D), sums of the squared offsets of tokens from these means.
+        counted: (K,), the `counted_tokens`.
+    """
+
+    means: Tensor
+    squares: Tensor
+    counted: Tensor
+
+
+def room_of_squares(x: Tensor, slots: Tensor, block: int) -> BlockSquares:
+    """Allocate the numbers of x (B, H, N, D), uninitialised."""
+    B, H, _, D = x.shape
+    means = x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
+    return BlockSquares(means, torch.empty_like(means), means.new_empty(means.shape[2]))
+
+
+def block_squares(x: Tensor, slots: Tensor, block: int, tokens: int) -> BlockSquares:
+    """Compute the numbers of x (B, H, N, D), see `rowwise`; blocks of the first `tokens` count."""
+    made = room_of_squares(x, slots, block)
+    launch_squares(PLAIN, x, slots, block, made.means, *made, tokens=tokens)
+    return made
+
+
+def weighed_squares(x: Tensor, slots: Tensor, block: int, drise: Tensor) -> Tensor:
+    """Sum squared offsets from means of blocks times `drise`, (B, H, N) fp32, over each block:
+    (B, H, S / block, D) fp32."""
+    B, H, _, D = x.shape
+    made = drise.new_empty(B, H, len(slots) // block, D)
+    launch_squares(WEIGHED, x, slots, block, drise, made, made, made)
+    return made
 
 
 @torch.library.custom_op("gen_accel::triton_block_deviations", mutates_args=())
@@ -127,14 +206,29 @@ def block_deviations(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """Compute `choosing.block_deviations`, (B, H, S / block) fp32, in one pass over x; arguments
     as in `block_sums`."""
     x = rowwise(x)
-    out = x.new_empty((*x.shape[:2], len(slots) // block), dtype=torch.float32)
-    launch_blocks(deviations_kernel, x, slots, block, (*rows(x), out), *out.shape[1:])
-    return out
+    made = x.new_empty((*x.shape[:2], len(slots) // block), dtype=torch.float32)
+    launch_squares(DEVIATION, x, slots, block, made, made, made, made)
+    return made
 
 
 @block_deviations.register_fake
 def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
     return x.new_empty((*x.shape[:2], len(slots) // block), dtype=torch.float32)
+
+
+def launch_squares(
+    kind: tl.constexpr,
+    x: Tensor,
+    slots: Tensor,
+    block: int,
+    *tensors: Tensor,
+    tokens: int = 0,
+) -> None:
+    """Launch a `kind` of the kernel over `tensors`, which hold anything where it skips them."""
+    sizes = *x.shape[1:3], len(slots) // block, tokens
+    launch_blocks(
+        block_squares_kernel, x, slots, block, (*rows(x), *tensors), *sizes, KIND=kind.value
+    )
 
 
 def launch_sums(
@@ -459,33 +553,6 @@ def pool_backward_kernel(
         tl.store(p_sum, b_sum, mask=o_d < D)
     store_rows((dk_sums + i_head * N * D, D), o_t, b_dk, D, BLOCK_D)
     store_rows((dv_sums + i_head * N * D, D), o_t, b_dv, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def squares_kernel(
-    k,
-    key_means,
-    weight,
-    squares,
-    slots,
-    H,
-    N,
-    C,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Write e of the tokens of one key block."""
-    i_c, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    k = of_head(k, i_head // H, i_head % H)
-    b_mid = one_row(key_means, i_head * C + i_c, D, BLOCK_D)
-    b_weight = one_row(weight, i_head, D, BLOCK_D)
-    for i_tile in range((BLOCK + TILE - 1) // TILE):
-        _, o_t = own_tile(slots, i_c, i_tile, BLOCK, TILE)
-        b_off = load_rows(k, o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
-        b_e = tl.sum(b_off * b_off * b_weight[None, :], 1)
-        tl.store(squares + i_head * N + o_t, b_e, mask=o_t >= 0)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -10,16 +10,18 @@ ones read them. One program alone adds to each sum, in a fixed order.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
 from torch import Tensor
 
 from gen_accel.kernels.base import Context, Kernel, Values
+from gen_accel.kernels.rest import BlockFacts
 from gen_accel.kernels.triton import configs, slope
 from gen_accel.kernels.triton import curve as curves
 from gen_accel.kernels.triton import rest_launches as launches
+from gen_accel.kernels.triton.block_facts import facts_of
 from gen_accel.kernels.triton.launch import launch, operate, results, rows, rowwise
 from gen_accel.kernels.triton.pooling import spread_kernel
 from gen_accel.kernels.triton.rest_columns import common_of
@@ -35,6 +37,7 @@ def pooled(
     v: Tensor,
     plan: Plan,
     curve: tuple[Tensor, Tensor] | None = None,
+    facts: BlockFacts | None = None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -43,6 +46,7 @@ def pooled(
     Args:
         q, k, v: (B, H, N, D).
         curve: of a rest of the second order; made here without.
+        facts: of the call, for a rest of the second order without a gradient; made here without.
 
     Returns:
         Output, (B, H, N, D) laid out like q, and log-sum-exp, (B, H, N) fp32, differentiable in
@@ -52,17 +56,20 @@ def pooled(
     assert plan.rest is not None
     keep = plan.keep.expand(*q.shape[:2], -1, -1)
     around_queries, sloped = plan.rest.centre == "query", plan.rest.order != "zeroth"
-    of_curve: Sequence[Tensor | None] = curve or (None, None)
-    if plan.rest.order == "second" and curve is None:
-        of_curve = curves.with_means(q, k, plan, scale)
-    rise, weight, query_means, key_means = (*of_curve, None, None)[:4]
-    given = keep, plan.slots_int32, *plan.held, rise, weight, query_means, key_means
-    factor = scale / plan.tokens
-    numbers = plan.block_q, plan.block_k, around_queries, scale, factor
-    leaves = q, k, v, rise, weight
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    made = slope.state_of(k, v, plan) if sloped and not grad else None
-    out, lse, _ = operate(rest, q, k, v, *given, made, *numbers, wide=grad)
+    curved = plan.rest.order == "second" and curve is None
+    leaves = q, k, v, *(curve or ())
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    if curved and not grad:
+        facts = facts or facts_of(q, k, v, plan, plan.rest, scale=scale)
+        given = facts.rise, facts.weight, facts.query_means, facts.key_means, facts.state
+        given += facts.common, facts.squares
+    else:
+        of_curve = curves.with_means(q, k, plan, scale) if curved else curve or (None, None)
+        of_curve = (*of_curve, None, None)[:4]
+        given = *of_curve, slope.state_of(k, v, plan) if sloped and not grad else None, None, None
+    of_plan = keep, plan.slots_int32, *plan.held
+    numbers = plan.block_q, plan.block_k, around_queries, scale, scale / plan.tokens
+    out, lse, _ = operate(rest, q, k, v, *of_plan, *given, *numbers, wide=grad)
     return slope.added(out, q, k, v, plan, scale=scale) if sloped and grad else out, lse
 
 
@@ -72,15 +79,17 @@ def attention(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    facts: BlockFacts | None = None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention over the kept keys, by a kernel that takes no rest, and the rest.
+    """Compute attention over the kept keys, by a kernel that takes no rest, and the rest; `facts`
+    as in `pooled`.
 
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of all, (B, H, N) fp32.
     """
-    made = pooled(q, k, v, plan, scale=scale)
+    made = pooled(q, k, v, plan, facts=facts, scale=scale)
     if not made[0].requires_grad and chosen.continued(q, k, v, plan.kept, made, scale=scale):
         return made
     kept = chosen.forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
@@ -129,6 +138,8 @@ def rest(
     query_means: Tensor | None,
     key_means: Tensor | None,
     state: Tensor | None,
+    common: Tensor | None,
+    squares: Tensor | None,
     block_q: int,
     block_k: int,
     around_queries: bool,
@@ -147,12 +158,14 @@ def rest(
         rise, weight: fields of a `Curve`, around queries alone.
         query_means, key_means: (B, H, Kq, D) and (B, H, Kk, D) fp32 where they are known.
         state: H of `slope`, whose slope is added; None for none, and where there is a gradient.
+        common, squares: see `launches.RestCall` and `launches.Curved`; made here if None.
         factor: of the slope.
         wide: return the output in fp32.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
     of_plan = keep.view(torch.uint8), slots, held_q, held_k
-    call = launches.RestCall(q, k, v, *of_plan, common_of(k), block_q, block_k, scale, factor)
+    common = common_of(k) if common is None else common
+    call = launches.RestCall(q, k, v, *of_plan, common, block_q, block_k, scale, factor)
     out, lse = results(q, wide=wide)
     low_lse = torch.empty_like(lse)
     if not around_queries:
@@ -160,7 +173,7 @@ def rest(
         launches.attend_to_means(call, pooled, state, out, lse, low_lse)
         return out, lse, low_lse
     if rise is not None and weight is not None:
-        call = launches.with_curve(call, rise, weight, key_means)
+        call = launches.with_curve(call, rise, weight, key_means, squares)
     means = launches.query_means(call, query_means)
     launches.in_turns(call, means, state, out, lse, low_lse)
     return out, lse, low_lse
@@ -233,7 +246,7 @@ def _(*given: Tensor) -> tuple[Tensor, ...]:
 def _save(
     ctx: Context, inputs: Values, keyword_only_inputs: object, output: tuple[Tensor, ...]
 ) -> None:
-    *tensors, _, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale, ctx.factor = inputs
+    *tensors, _, _, _, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale, ctx.factor = inputs
     out, _, low_lse = output
     ctx.mark_non_differentiable(low_lse)
     ctx.save_for_backward(out, low_lse, *tensors)
@@ -243,7 +256,7 @@ def _differentiate(ctx: Context, grad: Tensor, grad_lse: Tensor, _: object) -> V
     numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale, ctx.factor
     *grads, drise, dweight = rest_backward(grad, grad_lse, *ctx.saved_tensors, *numbers)
     of_curve = (drise, dweight) if ctx.saved_tensors[-3] is not None else (None, None)
-    return *grads, *[None] * 4, *of_curve, *[None] * 8
+    return *grads, *[None] * 4, *of_curve, *[None] * 10
 
 
 rest.register_autograd(_differentiate, setup_context=_save)

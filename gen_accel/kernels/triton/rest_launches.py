@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
-from gen_accel.kernels.triton.launch import Repeated, launch_blocks, rows
-from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel, squares_kernel
+from gen_accel.kernels.triton.block_facts import weigh_squares
+from gen_accel.kernels.triton.launch import Repeated, rows
+from gen_accel.kernels.triton.pooling import pool_backward_kernel, pool_kernel
 from gen_accel.kernels.triton.rest_backward import (
     columns_dkdv_kernel,
     columns_dpooled_kernel,
@@ -271,16 +272,22 @@ def query_means(call: RestCall, known: Tensor | None) -> Tensor:
     return means_of(call.q, call, call.block_q, torch.float32) if known is None else known
 
 
-def with_curve(call: RestCall, rise: Tensor, weight: Tensor, key_means: Tensor | None) -> RestCall:
-    """Add to the call the means of its key blocks, where they are not known, and the squared
-    offsets from them, made once."""
+def with_curve(
+    call: RestCall,
+    rise: Tensor,
+    weight: Tensor,
+    key_means: Tensor | None,
+    squares: Tensor | None = None,
+) -> RestCall:
+    """Add to the call the means of its key blocks and the squared offsets from them, each made
+    once where it is not known."""
     rise, weight = rise.float().contiguous(), weight.float().contiguous()
     if key_means is None:
         key_means = means_of(call.k, call, call.block_k, torch.float32)
-    squares = torch.empty_like(rise)
-    H, N, _, Kk = call.sizes
-    tensors = *rows(call.k), key_means, weight, squares
-    launch_blocks(squares_kernel, call.k, call.slots, call.block_k, tensors, H, N, Kk)
+    if squares is None:
+        squares, blocks = torch.empty_like(rise), (call.block_q, call.block_k)
+        given = call.q, call.k, call.slots, blocks, key_means, key_means, weight, weight
+        weigh_squares(*given, squares, squares, of_queries=False)
     return call._replace(curve=Curved(rise, weight, key_means, squares))
 
 

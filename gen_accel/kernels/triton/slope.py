@@ -34,6 +34,12 @@ from torch import Tensor
 from gen_accel.kernels.base import Context, Values
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import laid_out_alike, launch_blocks, operate, rows, rowwise
+from gen_accel.kernels.triton.pooling import (
+    BlockSquares,
+    counted_tokens,
+    deviation,
+    room_of_squares,
+)
 from gen_accel.kernels.triton.tiles import (
     block_mean,
     load_columns,
@@ -68,14 +74,37 @@ def _mean(
         return tl.zeros([o_d.shape[0]], tl.float32)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _both_means(
+    x, y, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """Compute what `block_mean` does, of two tensors at once: their loads overlap."""
+    b_x = tl.zeros([o_d.shape[0]], tl.float32)
+    b_y = tl.zeros([o_d.shape[0]], tl.float32)
+    b_held = tl.full((), 0, tl.int32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_row, b_other = load_columns(x, o_t, o_d, D), load_columns(y, o_t, o_d, D)
+        b_x += tl.sum(b_row.to(tl.float32), 0)
+        b_y += tl.sum(b_other.to(tl.float32), 0)
+        b_held += tl.sum((o_t >= 0).to(tl.int32), 0)
+    b_held = tl.maximum(b_held, 1).to(tl.float32)
+    return b_x / b_held, b_y / b_held, b_held
+
+
+@triton.jit(do_not_specialize=(*SIZES, "tokens"))
 def slope_parts_kernel(
     x,
     y,
     parts,
+    wide_means,
+    squares,
+    counted,
+    deviations,
     slots,
     H,
     K,
+    tokens,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -83,8 +112,10 @@ def slope_parts_kernel(
     CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr,
     CENTRED: tl.constexpr,
+    FACTS: tl.constexpr,
 ):
-    """Sum x^T y over the tokens of BLOCKS blocks, with the mean subtracted from x if CENTRED."""
+    """Sum x^T y over the tokens of BLOCKS blocks, with the mean subtracted from x if CENTRED. If
+    FACTS, write `pooling.BlockSquares` of x, and `pooling.deviation` of y, in the same pass."""
     i_part, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
     x = of_head(x, i_b, i_h)
@@ -92,13 +123,42 @@ def slope_parts_kernel(
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_sum = tl.zeros([BLOCK_D, CHUNK], tl.float32)
+    TILES: tl.constexpr = (BLOCK + TILE - 1) // TILE
     for i_block in range(i_part * BLOCKS, tl.minimum((i_part + 1) * BLOCKS, K)):
-        b_mean = _mean(x, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
-        for i_tile in range((BLOCK + TILE - 1) // TILE):
+        if FACTS:
+            b_square = tl.zeros([BLOCK_D], tl.float32)
+            b_apart = tl.zeros([TILE], tl.float32)
+            b_mean, b_mid, b_held = b_square, b_square, 1.0
+            if TILES > 1:
+                b_mean, b_mid, b_held = _both_means(x, y, slots, i_block, o_d, D, BLOCK, TILE)
+        else:
+            b_mean = _mean(x, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+        for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-            b_x = off_mean(x, o_t, o_d, b_mean, D)
             b_y = load_columns(y, o_t, o_c, D)
+            if FACTS:
+                b_row = load_columns(x, o_t, o_d, D).to(tl.float32)
+                b_off = b_y if CHUNK >= BLOCK_D else load_columns(y, o_t, o_d, D)
+                b_off = b_off.to(tl.float32)
+                if TILES == 1:
+                    b_held = tl.maximum(tl.sum((o_t >= 0).to(tl.float32), 0), 1.0)
+                    b_mean, b_mid = tl.sum(b_row, 0) / b_held, tl.sum(b_off, 0) / b_held
+                b_x = tl.where((o_t >= 0)[:, None], b_row - b_mean[None, :], 0.0)
+                b_off = tl.where((o_t >= 0)[:, None], b_off - b_mid[None, :], 0.0)
+                b_square += tl.sum(b_x * b_x, 0)
+                b_apart += tl.sum(b_off * b_off, 1)
+            else:
+                b_x = off_mean(x, o_t, o_d, b_mean, D)
             b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
+        if FACTS:
+            i_row = i_head * K + i_block
+            if i_chunk == 0:
+                tl.store(wide_means + i_row * D + o_d, b_mean, mask=o_d < D)
+                tl.store(squares + i_row * D + o_d, b_square, mask=o_d < D)
+                tl.store(deviations + i_row, deviation(b_apart, b_mid, b_held))
+                if i_head == 0:
+                    b_count = counted_tokens(slots, i_block, tokens, b_held, BLOCK, TILE)
+                    tl.store(counted + i_block, b_count)
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     parts += (i_head * (tl.num_programs(0) // CHUNKS) + i_part) * D * D
     mask = (o_d < D)[:, None] & (o_c < D)[None, :]
@@ -219,7 +279,7 @@ def _state(k: Tensor, v: Tensor, slots: Tensor, block_k: int) -> Tensor:
 
 @_state.register_fake
 def _(k: Tensor, v: Tensor, *given: object) -> Tensor:
-    return _matrices(k)
+    return matrices(k)
 
 
 @torch.library.custom_op("gen_accel::triton_slope", mutates_args=())
@@ -254,7 +314,7 @@ def slope(
 
 @slope.register_fake
 def _(joint: Tensor, q: Tensor, *given: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rowwise(joint)), _matrices(q)
+    return torch.empty_like(rowwise(joint)), matrices(q)
 
 
 @torch.library.custom_op("gen_accel::triton_slope_backward", mutates_args=())
@@ -313,7 +373,7 @@ def _differentiate(ctx: Context, grad: Tensor, _: object) -> Values:
 slope.register_autograd(_differentiate, setup_context=_save)
 
 
-def _matrices(x: Tensor) -> Tensor:
+def matrices(x: Tensor) -> Tensor:
     """Allocate (B, H, D, D), uninitialised."""
     B, H, _, D = x.shape
     return x.new_empty(B, H, D, D, dtype=configs.state_dtype(x.dtype))
@@ -328,17 +388,53 @@ def _sum_of_products(
 ) -> Tensor:
     """Sum x^T y over all tokens, (B, H, D, D), with means of blocks subtracted from x if
     `centred`."""
+    parts = _room_of_parts(x, slots, block)
+    _launch_parts(x, y, slots, block, parts, *[parts] * 4, centred=centred)
+    return matrices(x).copy_(parts.sum(2))
+
+
+def parts_and_facts(
+    k: Tensor, v: Tensor, slots: Tensor, block: int, tokens: int
+) -> tuple[Tensor, BlockSquares, Tensor]:
+    """Compute the parts of H, (B, H, parts, D, D) fp32, and facts of blocks in one pass over k and
+    v, see `rowwise`: the numbers of key blocks, as in `pooling.block_squares`, and the deviations
+    of values, (B, H, Kk) fp32."""
+    parts, made = _room_of_parts(k, slots, block), room_of_squares(k, slots, block)
+    deviations = parts.new_empty(made.means.shape[:3])
+    _launch_parts(k, v, slots, block, parts, *made, deviations, tokens=tokens)
+    return parts, made, deviations
+
+
+def _room_of_parts(x: Tensor, slots: Tensor, block: int) -> Tensor:
     B, H, _, D = x.shape
-    K, blocks = slots.numel() // block, configs.part_blocks(D, block)
-    count = triton.cdiv(K, blocks)
-    parts = x.new_empty(B, H, count, D, D, dtype=torch.float32)
+    count = triton.cdiv(slots.numel() // block, configs.part_blocks(D, block))
+    return x.new_empty(B, H, count, D, D, dtype=torch.float32)
+
+
+def _launch_parts(
+    x: Tensor,
+    y: Tensor,
+    slots: Tensor,
+    block: int,
+    parts: Tensor,
+    *facts: Tensor,
+    centred: bool = True,
+    tokens: int | None = None,
+) -> None:
+    """Write the parts, and the facts if `tokens` are given."""
+    arch, D = configs.architecture(x.device), x.shape[3]
+    if tokens is None:
+        config, stages = _config(x)._replace(tile=configs.part_tile(arch, x.dtype, block)), 1
+    else:
+        config, stages = configs.facts(arch, D, x.dtype, block)
     launch_blocks(
         slope_parts_kernel,
-        *(x, slots, block, (*rows(x, y), parts), H, K),
-        config=_config(x),
-        programs=count,
-        TILE=configs.part_tile(configs.architecture(x.device), x.dtype, block),
-        BLOCKS=blocks,
+        *(x, slots, block, (*rows(x, y), parts, *facts)),
+        *(x.shape[1], slots.numel() // block, tokens or 0),
+        config=config,
+        programs=parts.shape[2],
+        num_stages=stages,
+        BLOCKS=configs.part_blocks(D, block),
         CENTRED=centred,
+        FACTS=tokens is not None,
     )
-    return _matrices(x).copy_(parts.sum(2))
