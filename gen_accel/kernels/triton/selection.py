@@ -21,6 +21,7 @@ from gen_accel.kernels.triton.tiles import INTERPRETED
 MOST_BLOCKS = 1 << 12  # of a row: 262,144 slots in blocks of 64
 ROWS = 32 if INTERPRETED else 1  # of a program
 OF_WARP = 256  # scores that a warp holds; with more, few programs fit; not timed
+WARPS = 8  # of a program at most; with more, some cards would spill
 ALWAYS, RANKED, WHOLE = (tl.constexpr(1 << bit) for bit in range(3))  # bits of a kind
 LOWEST, HIGHEST = tl.constexpr(-(1 << 31)), tl.constexpr((1 << 31) - 1)
 
@@ -94,6 +95,8 @@ def select_kernel(
     if EACH:
         count = tl.load(wanted + i_h).to(tl.int32)
     b_keep = _best(tl.where((b_kind & RANKED) != 0, _sortable(b_x), LOWEST), count, BLOCK)
+    if BLOCK > 2048:
+        tl.debug_barrier()  # else registers are spilled, so that two programs fit
     b_keep = (b_keep & m_x) | ((b_kind & ALWAYS) != 0)
     tl.store(keep + o_x, b_keep.to(tl.uint8), mask=m_x)
     b_whole = (b_kind & WHOLE) != 0
@@ -105,8 +108,8 @@ def select_kernel(
     b_start += tl.load(before + 2 * o_r + 1, mask=m_r, other=0) * most
     b_place = tl.cumsum(b_both, 1)
     b_place = tl.where(b_whole, (b_place >> 16) + b_masked[:, None], b_place & 0xFFFF)
-    b_c = tl.broadcast_to(o_c[None, :], [ROWS, BLOCK])
-    tl.store(index + (b_start[:, None] + b_place - 1), b_c, mask=b_keep)
+    index += b_start[:, None] - 1
+    tl.store(index + b_place, tl.broadcast_to(o_c[None, :], [ROWS, BLOCK]), mask=b_keep)
     counts += 4 * (i_head * R + o_r)
     tl.store(counts, b_masked, mask=m_r)
     tl.store(counts + 1, b_masked + (b_total >> 16), mask=m_r)
@@ -117,7 +120,7 @@ def select_kernel(
 def sizes(blocks: int) -> dict[str, int]:
     """Scores of a row, with padding, rows of a program, and its warps."""
     block = triton.next_power_of_2(blocks)
-    return {"ROWS": ROWS, "BLOCK": block, "num_warps": max(1, block // OF_WARP)}
+    return {"ROWS": ROWS, "BLOCK": block, "num_warps": min(max(1, block // OF_WARP), WARPS)}
 
 
 @torch.library.custom_op("gen_accel::triton_select", mutates_args=("keep", "index", "counts"))
