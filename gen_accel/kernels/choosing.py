@@ -143,18 +143,16 @@ def select(
     kinds: Tensor,
     before: Tensor,
     wanted: Tensor | None,
-    kept: tuple[Tensor, Tensor, Tensor],
+    keep: Tensor,
+    index: Tensor,
+    counts: Tensor,
     first: int,
     count: int,
 ) -> None:
-    """Run the operator `select` of `triton.selection`, which describes all tensors.
-
-    Args:
-        kept: keep, index and counts, which are written.
-    """
+    """Run the operator `select` of `triton.selection`, which describes the arguments."""
     from gen_accel.kernels.triton import launch, selection  # import triton, which may be missing
 
-    given = scores, added, kinds, before, wanted, *kept, first, count
+    given = scores, added, kinds, before, wanted, keep, index, counts, first, count
     launch.operate(selection.select, *given)
 
 

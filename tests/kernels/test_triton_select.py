@@ -55,9 +55,18 @@ def selected(scores, added, kinds, counts, groups):
     sizes = (entries,), (len(kinds), 4)
     index, numbers = (keep.new_empty(*keep.shape[:2], *size, dtype=torch.int32) for size in sizes)
     for some in groups:
-        kept = keep, index, numbers
-        more = kinds, before, wanted, *kept, some.start, max(counts)
-        selection.select(scores[:, some], added, *more)
+        selection.select(
+            scores[:, some],
+            added,
+            kinds,
+            before,
+            wanted,
+            keep,
+            index,
+            numbers,
+            some.start,
+            max(counts),
+        )
     return keep, index, numbers
 
 
@@ -171,9 +180,9 @@ def test_attention_reads_the_lists_of_a_choice(name, grad, device, monkeypatch):
     monkeypatch.setattr(rest, "WIDE", 1)
     results = []
     for one in (plan, replace(plan, listed=None)):
-        leaves = [x.clone().requires_grad_(grad) for x in (q, k, v)]
+        leaves = first, second, third = [x.clone().requires_grad_(grad) for x in (q, k, v)]
         with torch.set_grad_enabled(grad):
-            out = run(*leaves, one, scale=0.3, kernel="triton")
+            out = run(first, second, third, one, scale=0.3, kernel="triton")
         grads = torch.autograd.grad(out.square().sum(), leaves) if grad else ()
         results.append((out.detach(), *grads))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

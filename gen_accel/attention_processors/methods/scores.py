@@ -310,15 +310,24 @@ def _chosen_and_listed(
     wanted = numbers_on(counts, by.k.device) if len(counts) > 1 else None
     entries = layout.entries + max(counts) * layout.video_rows
     keep = by.k.new_empty(B, H, Kq, len(layout.is_ranked), dtype=torch.bool)
-    listed = tuple(
-        by.k.new_empty(B, H, *size, dtype=torch.int32) for size in ((entries,), (Kq, 4))
-    )
-    pairs = layout.kinds, layout.before
+    index = by.k.new_empty(B, H, entries, dtype=torch.int32)
+    numbers = by.k.new_empty(B, H, Kq, 4, dtype=torch.int32)
     for some in by.groups():
         scores = by.of_all(some)
-        select(scores, by.norms, *pairs, wanted, (keep, *listed), some.start, max(counts))
+        select(
+            scores,
+            by.norms,
+            layout.kinds,
+            layout.before,
+            wanted,
+            keep,
+            index,
+            numbers,
+            some.start,
+            max(counts),
+        )
         del scores  # free before the next heads' scores
-    return keep, None, entries, listed
+    return keep, None, entries, (index, numbers)
 
 
 def of_mass(shares: Tensor, mass: float) -> Tensor:

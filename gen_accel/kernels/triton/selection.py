@@ -160,8 +160,16 @@ def select(
         kinds,
         before,
         before if wanted is None else wanted,
-        *(keep.view(torch.uint8), index, counts),
-        *(first, keep.shape[1], H, R, C, index.shape[2], count),
+        keep.view(torch.uint8),
+        index,
+        counts,
+        first,
+        keep.shape[1],
+        H,
+        R,
+        C,
+        index.shape[2],
+        count,
         **flags,
     )
 
