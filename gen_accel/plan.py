@@ -307,6 +307,8 @@ class Plan:
             without looking. The lists of a dynamic plan have this length.
         rest: how the blocks that are not kept come back, pooled; None if they are dropped. For
             plans of whole blocks, without a gain.
+        listed: the kept blocks of each query block, as `rows` and `row_counts` of `TritonLists`,
+            where the choice listed them.
 
     Raises:
         ValueError: shapes that do not belong together, or slots that do not hold each token
@@ -323,6 +325,7 @@ class Plan:
     trimmed: bool = False
     entries: int | None = None
     rest: Rest | None = None
+    listed: tuple[Tensor, Tensor] | None = None
 
     if not TYPE_CHECKING:
 
@@ -422,7 +425,8 @@ class Plan:
         assert self.gain is None
         if self.patterns[1] == 1:
             return self
-        return _known(replace(self, keep=self.keep[:, some]), self)
+        listed = self.listed and (self.listed[0][:, some], self.listed[1][:, some])
+        return _known(replace(self, keep=self.keep[:, some], listed=listed), self)
 
     @lasting
     def tokens(self) -> int:
@@ -595,6 +599,7 @@ class Plan:
             keep=self.blocks.to(device),
             partial=None if self.partial is None else self.partial.to(device),
             gain=None if self.gain is None else self.gain.to(device),
+            listed=self.listed and (self.listed[0].to(device), self.listed[1].to(device)),
         )
 
     def changed(
@@ -618,6 +623,7 @@ class Plan:
             gain=gain,
             trimmed=trimmed,
             entries=self.entries if keep is None else None,
+            listed=self.listed if keep is None and partial is None else None,
         )
         return _known(plan, self)
 
@@ -767,11 +773,21 @@ def plan_of_call(
     partial: Route | None = None,
     entries: int | None = None,
     rest: Rest | None = None,
+    listed: tuple[Tensor, Tensor] | None = None,
 ) -> Plan:
     """Plan of one call, for keep (B or 1, H or 1, Kq, Kk) from its q and k. With a route, `keep`
     holds all blocks of the picked groups."""
-    blocks = slots.block_q, slots.block_k
-    plan = Plan(slots.slots, keep, *blocks, partial, dynamic=True, entries=entries, rest=rest)
+    plan = Plan(
+        slots.slots,
+        keep,
+        slots.block_q,
+        slots.block_k,
+        partial,
+        dynamic=True,
+        entries=entries,
+        rest=rest,
+        listed=listed,
+    )
     plan.leaves_out_picks = False
     return _known(plan, slots)
 

@@ -35,6 +35,7 @@ from gen_accel.kernels.triton import (
     rest_backward,
     rest_columns,
     rest_turns,
+    selection,
     slope,
     sparse_backward,
     tiles,
@@ -73,9 +74,10 @@ RULES = {
 TYPES = {
     **dict.fromkeys(("lse", "base2", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
     **dict.fromkeys(("slots", "index", "counts", "turns"), "*i32"),
-    **dict.fromkeys(("ranges", "blocks", "members"), "*i32"),
+    **dict.fromkeys(("ranges", "blocks", "members", "before"), "*i32"),
+    **{"scores": "*fp32", "added": "*fp32", "wanted": "*i64"},
     **{"ints": "*i8", "halves": "*fp16", "steps": "*fp32", "powers": "*fp32"},
-    **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
+    **dict.fromkeys(("keep", "whole", "sets", "picks", "kinds"), "*u8"),
     **{"acc": "*fp32", "picked": "*i16", "keys": "*i32", "upper": "*i64", "count": "*i64"},
     **dict.fromkeys(("scale", "factor", "eps"), "fp32"),
     **dict.fromkeys(("joint", "held", "bias"), "*fp32"),
@@ -176,6 +178,10 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield Case("lists count", listing.count_kernel, lists, 4, 3)
     yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
     yield Case("lists fill", listing.fill_kernel, lists, 4, 3)
+    for blocks in (COLUMNS, 4 * COLUMNS, selection.MOST_BLOCKS):
+        flags = {"ADDED": True, "EACH": True, **selection.sizes(blocks)}
+        warps = flags.pop("num_warps")
+        yield Case(f"lists select {blocks}", selection.select_kernel, flags, warps, 3)
 
 
 def _sparse_case(

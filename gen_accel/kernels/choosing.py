@@ -128,6 +128,34 @@ def picks(
     return native.picks(rows, slots, home, means, block, number, topk, threshold)
 
 
+def selects(kernel: str, k: Tensor, blocks: int) -> bool:
+    """Whether `select` serves calls with keys k, (B, H, N, D), and so many key blocks."""
+    if not triton_serves(kernel, k, k.shape[3]):
+        return False
+    from gen_accel.kernels.triton import selection  # imports triton
+
+    return blocks <= selection.MOST_BLOCKS
+
+
+def select(
+    scores: Tensor,
+    added: Tensor | None,
+    kinds: Tensor,
+    before: Tensor,
+    wanted: Tensor | None,
+    keep: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    first: int,
+    count: int,
+) -> None:
+    """Run the operator `select` of `triton.selection`, which describes the arguments."""
+    from gen_accel.kernels.triton import launch, selection  # import triton, which may be missing
+
+    given = scores, added, kinds, before, wanted, keep, index, counts, first, count
+    launch.operate(selection.select, *given)
+
+
 def cuts_in_place(scores: Tensor, kernel: str = "auto") -> bool:
     """Whether `least_taken` serves scores (B, H, R, C) fp32, in their own memory."""
     return triton_serves(kernel, scores)

@@ -129,6 +129,17 @@ def block_lists(device):
     return keep, keep & False, 4
 
 
+def select(device):
+    """Of the second of two heads."""
+    scores = torch.tensor([[1.0, 3, 2], [4, 4, 4]], device=device)[None, None]
+    kinds = torch.tensor([[2, 2, 6], [3, 2, 6]], dtype=torch.uint8, device=device)
+    before = torch.tensor([[0, 0], [0, 1]], dtype=torch.int32, device=device)
+    keep = torch.zeros(1, HEADS, 2, 3, dtype=torch.bool, device=device)
+    index = torch.zeros(1, HEADS, 5, dtype=torch.int32, device=device)
+    counts = torch.zeros(1, HEADS, 2, 4, dtype=torch.int32, device=device)
+    return scores, None, kinds, before, None, keep, index, counts, 1, 2
+
+
 def least_taken(device):
     keys = torch.arange(40, dtype=torch.int32, device=device).view(2, 20)
     return keys, torch.tensor([3, 7], device=device), False
@@ -151,6 +162,7 @@ TABLE = {
     "triton_block_facts": (block_facts, False),
     "triton_block_lists": (block_lists, False),
     "triton_least_taken": (least_taken, False),
+    "triton_select": (select, False),
 }
 
 

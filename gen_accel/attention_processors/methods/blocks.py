@@ -54,6 +54,9 @@ class Layout(NamedTuple):
         is_first: whether they are the first blocks, from 0 on without a gap.
         always: (Kq, Kk) bool, pairs that are exact whatever the scores; `entries` of them.
         video_rows: the query blocks that choose: blocks without text.
+        kinds: (Kq, Kk) uint8: 1 for pairs in `always`, and 2 for ranked and 4 for full key blocks.
+        before: (Kq, 2) int32: of all query blocks before each, the pairs in `always`, and how
+            many choose.
         rows: (Kq,) bool, the choosing query blocks that hold a token; `held_rows` of them.
         occupied: (Kk,) bool, key blocks that hold a token; `has_empty` if not all do.
     """
@@ -65,6 +68,8 @@ class Layout(NamedTuple):
     always: Tensor
     entries: int
     video_rows: int
+    kinds: Tensor
+    before: Tensor
     rows: Tensor
     held_rows: int
     occupied: Tensor
@@ -140,7 +145,10 @@ def layout_of(
     is_first = bool((ranked == torch.arange(len(ranked), device=ranked.device)).all())
     kept = (text_k | text_q[:, None] | _kept(always, laid, video)) & occupied
     rows = held_q & ~text_q
-    facts = int(kept.sum()), int((~text_q).sum()), rows, int(rows.sum())
+    own = torch.stack([kept.sum(1), ~text_q], 1)
+    before = (own.cumsum(0) - own).int()
+    kinds = kept.byte() + (2 * is_ranked.byte() + 4 * laid.full_keys.byte())
+    facts = int(kept.sum()), int((~text_q).sum()), kinds, before, rows, int(rows.sum())
     has_empty = not bool(occupied.all())
     return Layout(laid, ranked, is_ranked, is_first, kept, *facts, occupied, has_empty)
 

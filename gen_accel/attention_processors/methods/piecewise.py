@@ -346,6 +346,7 @@ class Piecewise(BlockSelection):
             facts: of these tensors, if they are known.
         """
         layout, entries, rest = self.layout(video, q.device), None, None
+        listed = None
         scale = scale_or_default(scale, q)
         kind = self.score_on(q.device)
         if kind == "pooled" and v is not None and self._chosen_by_native(q, k, v, kernel):
@@ -357,7 +358,7 @@ class Piecewise(BlockSelection):
             options = {"scale": scale, "rest": around, "kernel": kernel, "facts": facts}
             by = Scores(q, k, layout, v=v, kind=kind, **options)
             if self.select == "topk":
-                keep, _, entries = chosen(by, q, self)
+                keep, _, entries, listed = chosen(by, q, self)
             else:
                 keep = layout.always.expand(*by.shape[:2], -1, -1).clone()
                 for some in by.groups():
@@ -368,7 +369,7 @@ class Piecewise(BlockSelection):
             orders = orders_around(self.order, flat=self.tile == "raster")
             centre = centre_of_call(self.centre, orders, q, layout.slots, entries)
             rest = self._rest(video, centre)
-        return plan_of_call(layout.slots, keep, entries=entries, rest=rest)
+        return plan_of_call(layout.slots, keep, entries=entries, rest=rest, listed=listed)
 
     def _cut(self, by: Scores, scores: Tensor, some: slice) -> Tensor:
         """Thresholds (B, h, Kq, 1) of scores as `by` gives them."""

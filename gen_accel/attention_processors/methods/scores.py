@@ -14,6 +14,7 @@ by the tokens that it holds. Unlike DraftAttention, each query block keeps one k
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +35,13 @@ from gen_accel.attention_processors.methods.blocks import (
     smooth_qk,
     tile_of,
 )
-from gen_accel.kernels.choosing import block_deviations, block_means, block_spread
+from gen_accel.kernels.choosing import (
+    block_deviations,
+    block_means,
+    block_spread,
+    select,
+    selects,
+)
 from gen_accel.kernels.rest import BlockFacts, pooled_shares
 from gen_accel.method import Method, plan_once
 from gen_accel.plan import Plan, Rest, Slots, numbers_on, pack, plan_of_call
@@ -88,8 +95,9 @@ class Scores:
                 raise ValueError("score 'norm' looks at the values too, got no v")
             self.norms = _slope_norms(k, v, layout)
         elif kind in ("loss", "pooled") and v is not None:
-            own = facts.deviations if known else block_deviations(v, slots, slots.block_k, kernel)
-            self.norms = layout.of_ranked(own, 2)
+            self.norms = (
+                facts.deviations if known else block_deviations(v, slots, slots.block_k, kernel)
+            )
 
     @property
     def by_all_keys(self) -> bool:
@@ -113,21 +121,25 @@ class Scores:
 
     def of(self, some: slice) -> Tensor:
         """Scores (B, h, Kq, R) of some heads, each row less a constant: see `left_off`."""
+        scores = self.layout.of_ranked(self.of_all(some), 3)
+        if self.norms is None:
+            return scores
+        return scores + self.layout.of_ranked(self.norms[:, some, None], 3)
+
+    def of_all(self, some: slice) -> Tensor:
+        """Scores (B, h, Kq, Kk) of some heads without `norms`, (B, H, Kk). What they say of blocks
+        that are not ranked has no meaning."""
         query, layout = self.query[:, some], self.layout
         if self.kind == "pooled":
             plan = plan_of_call(layout.slots, layout.always[None, None], rest=self.rest)
             given = self.q[:, some], self.k[:, some], plan
-            shares = pooled_shares(*given, scale=self.scale, kernel=self.kernel)
-            scores = layout.of_ranked(shares.float(), 3)
-        elif self.by_all_keys:
-            slots = layout.slots
+            return pooled_shares(*given, scale=self.scale, kernel=self.kernel).float()
+        if self.by_all_keys:
             known = {"scale": self.scale, "kernel": self.kernel}
-            scores = layout.of_ranked(block_spread(query, self.k[:, some], slots, **known), 3)
-        else:
-            if self.scale != 1:
-                query = query * self.scale
-            scores = query @ self._keys[1][:, some].transpose(-1, -2)
-        return scores if self.norms is None else scores + self.norms[:, some, None]
+            return block_spread(query, self.k[:, some], layout.slots, **known)
+        if self.scale != 1:
+            query = query * self.scale
+        return query @ self._keys[1][:, some].transpose(-1, -2)
 
     def shares(self, scores: Tensor) -> Tensor:
         """Share of a mean query's attention that falls to each key block, from `scores` as `of`
@@ -148,27 +160,27 @@ class Scores:
         or, by "diag", of scale m_i . k_j with the channels of k_j taken as uncorrelated."""
         if how == "exact":
             return scores.var(-1, correction=0, keepdim=True)
-        by_channel = self._keys[1][:, some].var(2, correction=0)
+        keys = self.layout.of_ranked(self._keys[1][:, some], 2)
+        by_channel = keys.var(2, correction=0)
         return self.query[:, some].square() @ by_channel[..., None] * self.scale**2
 
     @cached_property
     def _keys(self) -> tuple[Tensor, Tensor]:
-        """The mean key, (B, H, 1, D), and the mean keys of the ranked blocks less it."""
+        """The mean key, (B, H, 1, D), and the mean keys of the blocks less it."""
         slots = self.layout.slots
         key = block_means(self.k, slots, slots.block_k, self.kernel)
         mean = key.mean(2, keepdim=True)
         # Subtracting the mean shifts all scores of a row alike, and keeps precision.
-        return mean, self.layout.of_ranked(key - mean, 2)
+        return mean, key - mean
 
 
 def _slope_norms(k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """ln (||sum_t (k_t - k_j)^T v_t|| + 1e-5) of the ranked blocks, (B, H, R), in fp32."""
+    """ln (||sum_t (k_t - k_j)^T v_t|| + 1e-5) of the blocks, (B, H, Kk), in fp32."""
     slots = layout.slots
     real = slots.real.view(-1, slots.block_k, 1)
     keys, values = (pack(x, slots).float().unflatten(2, (-1, slots.block_k)) for x in (k, v))
-    keys, values = (layout.of_ranked(x * real, 2) for x in (keys, values))
-    real = layout.of_ranked(real, 0)
-    mean = keys.sum(3, keepdim=True) / real.sum(1, keepdim=True)
+    keys, values = keys * real, values * real
+    mean = keys.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
     keys = ((keys - mean) * real).flatten(0, 2).mT
     step = max(1, SLOPES // k.shape[3] ** 2)
     parts = zip(keys.split(step), values.flatten(0, 2).split(step), strict=True)
@@ -240,7 +252,7 @@ class BlockSelection(Method):
 
 def chosen(
     by: Scores, q: Tensor, options: BlockSelection, worst: int = 0
-) -> tuple[Tensor, Tensor | None, int | None]:
+) -> tuple[Tensor, Tensor | None, int | None, tuple[Tensor, Tensor] | None]:
     """Choose key blocks by the scores of q, (B, H, N, D), within the budget of some options,
     beside the pairs that are always kept.
 
@@ -248,11 +260,15 @@ def chosen(
         worst: how many of each row to name as skipped.
 
     Returns:
-        (B, H, Kq, Kk) bool, the blocks that are kept; bool like it, the skipped ones, or None; and
-        the most pairs that one pattern holds, None if it takes reading the device to know.
+        (B, H, Kq, Kk) bool, the blocks that are kept; bool like it, the skipped ones, or None;
+        the most pairs that one pattern holds, None if it takes reading the device to know; and
+        `listed` of the plan.
     """
     layout = by.layout
     B, H, Kq, R = by.shape
+    is_plain = options.budget == "row" and options.alike is None and not worst
+    if R and is_plain and selects(by.kernel, by.k, len(layout.is_ranked)):
+        return _chosen_and_listed(by, options.criticals)
     keep = layout.always.expand(B, H, -1, -1).clone()
     skipped = torch.zeros_like(keep) if worst else None
     unlike = None if options.alike is None else _keep_unlike(keep, by, q, options.alike)
@@ -287,7 +303,37 @@ def chosen(
     if unlike is None and options.mass is None:
         most = count * layout.video_rows if options.budget == "row" else in_head + Kq
         entries = layout.entries + most
-    return keep, skipped, entries
+    return keep, skipped, entries, None
+
+
+def _chosen_and_listed(
+    by: Scores, shares: Sequence[float]
+) -> tuple[Tensor, None, int, tuple[Tensor, Tensor]]:
+    """Run `chosen` in one pass over the scores, which lists the blocks of each row, too."""
+    layout = by.layout
+    B, H, Kq, _ = by.shape
+    counts = tuple(layout.count(share) for share in shares)
+    wanted = numbers_on(counts, by.k.device) if len(counts) > 1 else None
+    entries = layout.entries + max(counts) * layout.video_rows
+    keep = by.k.new_empty(B, H, Kq, len(layout.is_ranked), dtype=torch.bool)
+    index = by.k.new_empty(B, H, entries, dtype=torch.int32)
+    numbers = by.k.new_empty(B, H, Kq, 4, dtype=torch.int32)
+    for some in by.groups():
+        scores = by.of_all(some)
+        select(
+            scores,
+            by.norms,
+            layout.kinds,
+            layout.before,
+            wanted,
+            keep,
+            index,
+            numbers,
+            some.start,
+            max(counts),
+        )
+        del scores  # free before the next heads' scores
+    return keep, None, entries, (index, numbers)
 
 
 def of_mass(shares: Tensor, mass: float) -> Tensor:

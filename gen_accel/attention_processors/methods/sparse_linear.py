@@ -180,10 +180,10 @@ class SparseLinear(BlockSelection):
             worst = min(int(self.skipped * blocks), blocks - layout.count(self.critical))
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, scale=scale, kernel=kernel)
-            keep, skipped, entries = chosen(by, q, self, worst)
+            keep, skipped, entries, listed = chosen(by, q, self, worst)
         flat = self.tile == "raster"
         rest = rest_of(self.rest, self.centre, flat=flat, tokens=video.video_tokens)
-        plan = plan_of_call(layout.slots, keep, entries=entries, rest=rest)
+        plan = plan_of_call(layout.slots, keep, entries=entries, rest=rest, listed=listed)
         if not sets or self.linear_over == "all":
             return plan, None
         left = ~plan.keep if skipped is None else ~(plan.keep | skipped)

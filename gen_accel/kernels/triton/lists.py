@@ -29,7 +29,7 @@ class TritonLists(NamedTuple):
         slots: (S,) int32, the token of each slot, -1 for padding.
         rows: (B', H', entries) int32 for the B' x H' patterns of `keep`, the key blocks of each
             query block, one list after the other: blocks that need a mask first, then the whole
-            ones; the rest is unused.
+            ones; what lies between and after them is unused.
         row_counts: (B', H', Kq, 4) int32 of each query block: key blocks that need a mask, key
             blocks in all, and where its list starts. The last number, of the i-th, is the block
             that has the i-th turn, the longest first where known.
@@ -136,7 +136,10 @@ def _counted(plan: Plan, backward: bool) -> TritonLists:
 
     keep, whole = plan.keep, plan.maskless().expand(plan.keep.shape)
     entries = plan.entries or keep.shape[2] * keep.shape[3]
-    rows = operate(block_lists, keep, whole, entries)
+    if plan.listed is None:
+        rows = operate(block_lists, keep, whole, entries)
+    else:
+        rows = plan.listed[0].contiguous(), plan.listed[1].contiguous()
     columns = None, None
     if backward:
         columns = operate(block_lists, keep.mT, whole.mT, entries)
