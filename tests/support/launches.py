@@ -134,9 +134,9 @@ def record(monkeypatch, counted):
     def note(kernel, programs, x, *arguments, **options):
         counted.done[kernel.__name__] += 1
 
-    own = launch.launch
-    for one in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        module = importlib.import_module(one.name)
+    own, found = launch.launch, pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    # All are imported before the first is changed, which the others import from.
+    for module in [importlib.import_module(one.name) for one in found]:
         if vars(module).get("launch") is own:
             monkeypatch.setattr(module, "launch", note)
 
