@@ -305,7 +305,8 @@ def room(call: RestCall, pairs: int, *, spreads: bool = True) -> PooledColumns:
     Kk = call.blocks[1]
     keys, values = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
     numbers = call.q.new_empty(1 + spreads + call.curved, pairs, Kk, dtype=torch.float32)
-    return PooledColumns(keys, values, numbers[0], numbers[int(spreads)], numbers[-1], centred=True)
+    bias, own, curves = numbers[0], numbers[int(spreads)], numbers[-1]
+    return PooledColumns(keys, values, bias, own, curves, centred=True)
 
 
 def parts_of_means(call: RestCall) -> tuple[Tensor, Tensor]:
