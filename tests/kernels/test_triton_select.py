@@ -169,8 +169,7 @@ def test_rows_that_are_too_long_are_chosen_by_torch(device, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("name", ["text", "no rest"])
+@pytest.mark.parametrize(("name", "grad"), [("text", False), ("no rest", True)])
 def test_attention_reads_the_lists_of_a_choice(name, grad, device, monkeypatch):
     """Bit for bit as by lists that are counted, also for some heads at a time."""
     method, video = METHODS[name][0], VideoShape(2, 4, 6, text=3)

@@ -236,8 +236,7 @@ class Piecewise(BlockSelection):
         rest = self._rest(video) if self.centre == "query" else None
         slots = self.layout(video, q.device).slots
         facts = block_facts(q, k, v, slots, rest, scale=scale, kernel=name)
-        given = {"video": video, "scale": scale, "kernel": name}
-        plan = self.plan_for(q, k, v, facts=facts, **given)
+        plan = self.plan_for(q, k, v, video=video, scale=scale, kernel=name, facts=facts)
         if facts is not None:
             plan.hand_on(q, k, v, scale, facts)
         return kernel(q, k, v, plan)
@@ -345,8 +344,7 @@ class Piecewise(BlockSelection):
             scale: of their products; 1 / sqrt(D) without.
             facts: of these tensors, if they are known.
         """
-        layout, entries, rest = self.layout(video, q.device), None, None
-        listed = None
+        layout, entries, rest, listed = self.layout(video, q.device), None, None, None
         scale = scale_or_default(scale, q)
         kind = self.score_on(q.device)
         if kind == "pooled" and v is not None and self._chosen_by_native(q, k, v, kernel):
@@ -355,8 +353,17 @@ class Piecewise(BlockSelection):
                 return self._choose(q, k, v, base, video, scale, kernel, attends=False)[1]
         around = self._rest(video) if self.rest is not None and self.centre != "key" else None
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            options = {"scale": scale, "rest": around, "kernel": kernel, "facts": facts}
-            by = Scores(q, k, layout, v=v, kind=kind, **options)
+            by = Scores(
+                q,
+                k,
+                layout,
+                v=v,
+                kind=kind,
+                scale=scale,
+                rest=around,
+                kernel=kernel,
+                facts=facts,
+            )
             if self.select == "topk":
                 keep, _, entries, listed = chosen(by, q, self)
             else:

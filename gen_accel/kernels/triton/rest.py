@@ -56,20 +56,24 @@ def pooled(
     assert plan.rest is not None
     keep = plan.keep.expand(*q.shape[:2], -1, -1)
     around_queries, sloped = plan.rest.centre == "query", plan.rest.order != "zeroth"
-    curved = plan.rest.order == "second" and curve is None
     leaves = q, k, v, *(curve or ())
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    if curved and not grad:
+    query_means = key_means = state = common = squares = None
+    rise, weight = curve or (None, None)
+    if plan.rest.order == "second" and curve is None and not grad:
         facts = facts or facts_of(q, k, v, plan, plan.rest, scale=scale)
-        given = facts.rise, facts.weight, facts.query_means, facts.key_means, facts.state
-        given += facts.common, facts.squares
-    else:
-        of_curve = curves.with_means(q, k, plan, scale) if curved else curve or (None, None)
-        of_curve = (*of_curve, None, None)[:4]
-        given = *of_curve, slope.state_of(k, v, plan) if sloped and not grad else None, None, None
-    of_plan = keep, plan.slots_int32, *plan.held
-    numbers = plan.block_q, plan.block_k, around_queries, scale, scale / plan.tokens
-    out, lse, _ = operate(rest, q, k, v, *of_plan, *given, *numbers, wide=grad)
+        query_means, key_means, _, rise, weight, squares, common, state = facts
+    elif plan.rest.order == "second" and curve is None:
+        rise, weight, query_means, key_means = curves.with_means(q, k, plan, scale)
+    if sloped and not grad and state is None:
+        state = slope.state_of(k, v, plan)
+    out, lse, _ = operate(
+        rest,
+        *(q, k, v, keep, plan.slots_int32, *plan.held),
+        *(rise, weight, query_means, key_means, state, common, squares),
+        *(plan.block_q, plan.block_k, around_queries, scale, scale / plan.tokens),
+        wide=grad,
+    )
     return slope.added(out, q, k, v, plan, scale=scale) if sloped and grad else out, lse
 
 
