@@ -308,8 +308,8 @@ def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:
     if config.model is None:
         refused = excluded(chosen)
     else:
+        from gen_accel.attention_processors.attached.clock import first_transformer
         from gen_accel.pipelines.generation.model_index import skeleton
-        from gen_accel.pipelines.generation.sampling import first_transformer
 
         pipe = skeleton(model_named(config.model))
         trained = config.trained_frames or known_trained_frames(first_transformer(pipe))

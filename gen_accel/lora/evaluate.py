@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.latents import text_device
 from gen_accel.io import replacing, save_tensors, write_json
@@ -50,7 +51,6 @@ from gen_accel.pipelines.generation.sampling import (
     Sample,
     arguments,
     filled,
-    first_transformer,
     parameters,
     sample,
     served_family,

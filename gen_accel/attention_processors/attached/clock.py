@@ -47,6 +47,10 @@ def served_transformers(
     return transformers
 
 
+def first_transformer(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> "ModelMixin":
+    return next(iter(served_transformers(pipe_or_transformer).values()))
+
+
 def class_of(transformer: nn.Module) -> str:
     """Name of a transformer's class, without the prefix that sharding gives it."""
     return type(transformer).__name__.removeprefix("FSDP")

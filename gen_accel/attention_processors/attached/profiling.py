@@ -19,7 +19,7 @@ from gen_accel.attention_processors.attached.calibrate import (
     observe_dense,
     table,
 )
-from gen_accel.attention_processors.attached.clock import class_of, served_transformers
+from gen_accel.attention_processors.attached.clock import class_of, first_transformer
 from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.blocks import Box, even_tile, layout_of
 from gen_accel.attention_processors.methods.profiled import (
@@ -170,7 +170,7 @@ def collect(
 
     with attach_method(pipe, Profiled(), record=False) as handle:
         observe_dense(handle, pipe, prompts, look, steps=steps, seed=seed, call=call)
-    transformer = next(iter(served_transformers(pipe).values()))
+    transformer = first_transformer(pipe)
     known = seen_by(prompts, every=every, steps=steps, seed=seed, call=call)
     return sums.masses(class_of(transformer), known)
 

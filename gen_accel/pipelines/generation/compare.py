@@ -15,6 +15,7 @@ from gen_accel.attention_processors.attached.attachment import (
     AttachOptions,
     SilentBranch,
 )
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import flex
@@ -30,7 +31,6 @@ from gen_accel.pipelines.generation.sampling import (
     Clip,
     Sample,
     check_clip,
-    first_transformer,
     sample,
     served_family,
 )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families import families, family_named, served_classes
 from gen_accel.attention_processors.families.decoders import (
     Parts,
@@ -52,7 +52,7 @@ def is_streamed(pipe: "DiffusionPipeline") -> bool:
     row = takes(type(pipe).__name__)
     if row is not None and row.joins:
         return False
-    module = next(iter(served_transformers(pipe).values()))
+    module = first_transformer(pipe)
     kinds = type(getattr(module, "_orig_mod", module)).__mro__
     return any(streams(kind.__name__, type(pipe.vae).__name__) for kind in kinds)
 

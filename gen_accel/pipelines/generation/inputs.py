@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families.base import PipelineInputs
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.wan import OVERLAP
@@ -47,7 +48,6 @@ from gen_accel.pipelines.generation.sampling import (
     AnyClip,
     CallArguments,
     default_of,
-    first_transformer,
     frame_rate,
     parameters,
 )

@@ -17,17 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families import families
 from gen_accel.attention_processors.families.latents import unscaled
 from gen_accel.attention_processors.families.sites import Model
 from gen_accel.io import replacing
 from gen_accel.pipelines.generation.progress import Tick
-from gen_accel.pipelines.generation.sampling import (
-    Clip,
-    first_transformer,
-    parameters,
-    served_family,
-)
+from gen_accel.pipelines.generation.sampling import Clip, parameters, served_family
 from gen_accel.video import vae_factor
 
 if TYPE_CHECKING:

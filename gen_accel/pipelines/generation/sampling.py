@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.measure.video_io import Sound
@@ -27,7 +27,7 @@ from gen_accel.pipelines.sampler import wasted_step
 from gen_accel.video import PIXELS, VideoShape, nearest, patch_of, vae_factor
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 
 AnyClip = TypeVar("AnyClip", bound=Clip)
 Run = Callable[..., Any]  # a pipeline, or what is called in its place with its arguments
@@ -146,10 +146,6 @@ def served_family(pipe: "DiffusionPipeline") -> Family:
     """Return the family of the first transformer."""
     module = first_transformer(pipe)
     return family_of(getattr(module, "_orig_mod", module))
-
-
-def first_transformer(pipe: "DiffusionPipeline") -> "ModelMixin":
-    return next(iter(served_transformers(pipe).values()))
 
 
 def filled(pipe: "DiffusionPipeline", clip: AnyClip, inputs: Collection[str] = ()) -> AnyClip:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.clock import first_transformer, served_transformers
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.seam import is_compiled
@@ -19,12 +19,7 @@ from gen_accel.method import Method
 from gen_accel.pipelines.generation.config import Clip, Loading
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.progress import Part, Tick
-from gen_accel.pipelines.generation.sampling import (
-    first_transformer,
-    parameters,
-    served_family,
-    token_grid,
-)
+from gen_accel.pipelines.generation.sampling import parameters, served_family, token_grid
 from gen_accel.served import STEPS
 
 if TYPE_CHECKING:

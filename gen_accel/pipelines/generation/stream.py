@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import attachments_of, one_generation
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.attached.recipe import Recipe, recipes_of
 from gen_accel.attention_processors.families.decoders import endless_parts_of
 from gen_accel.attention_processors.families.pipelines import choose
@@ -41,11 +42,7 @@ from gen_accel.paths import ABOUT, FILM
 from gen_accel.pipelines.generation.config import Clip
 from gen_accel.pipelines.generation.decode import decode_chunks, load_latents
 from gen_accel.pipelines.generation.progress import Progress
-from gen_accel.pipelines.generation.sampling import (
-    filled,
-    first_transformer,
-    token_grid,
-)
+from gen_accel.pipelines.generation.sampling import filled, token_grid
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention, streaming_family
 from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
 from gen_accel.pipelines.zones import STEPS, Zones, read_zones

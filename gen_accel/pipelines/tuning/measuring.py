@@ -90,15 +90,7 @@ def check_decodes(pipe: "DiffusionPipeline") -> None:
         )
 
 
-class Passes:
-    """Outputs of a model in a generation, pass by pass.
-
-    Attributes:
-        outputs: of each pass, in order, with its step.
-    """
-
-    def __init__(self) -> None:
-        self.outputs: list[tuple[int, object]] = []
+Passes = list[tuple[int, object]]  # step and output of each forward pass, in order
 
 
 @contextmanager
@@ -108,11 +100,11 @@ def keeping(pipe: "DiffusionPipeline", step: Callable[[], int]) -> Iterator[Pass
     Args:
         step: tells the denoising step under way.
     """
-    passes = Passes()
+    passes: Passes = []
 
     def kept(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         output = forward(*args, **kwargs)
-        passes.outputs.append((step(), _copied(output)))
+        passes.append((step(), _copied(output)))
         return output
 
     with _in_place(pipe, kept):
@@ -122,7 +114,7 @@ def keeping(pipe: "DiffusionPipeline", step: Callable[[], int]) -> Iterator[Pass
 @contextmanager
 def repeating(pipe: "DiffusionPipeline", passes: Passes, before: int) -> Iterator[None]:
     """Return what the transformers returned in the kept passes of the steps before `before`."""
-    known = [output for step, output in reversed(passes.outputs) if step < before]
+    known = [output for step, output in reversed(passes) if step < before]
 
     def repeated(forward: Callable[..., object], *args: object, **kwargs: object) -> object:
         return _copied(known.pop()) if known else forward(*args, **kwargs)
@@ -145,9 +137,8 @@ def _in_place(pipe: "DiffusionPipeline", replacement: Callable[..., object]) -> 
         yield
 
 
-def _copied(output: object) -> object:
-    """Copy the tensors of an output, which schedulers may write into."""
-    return tree_map_only(Tensor, Tensor.clone, output)
+# Copies the tensors of an output, which schedulers may write into.
+_copied = partial(tree_map_only, Tensor, Tensor.clone)
 
 
 def relative_error(latents: Tensor, dense: Tensor) -> float:
@@ -253,11 +244,6 @@ def answer(
     return out if tokens is None else out[:, tokens], density
 
 
-def _mean_squares(x: Tensor) -> Tensor:
-    """(H,) fp32 of (H, R, D)."""
-    return x.float().square().mean((1, 2)).cpu()
-
-
 def observe(
     pipe: "DiffusionPipeline",
     prompt: str,
@@ -284,6 +270,9 @@ def observe(
     densities: dict[int, list[list[float]]] = {}
     heard: dict[int, AttentionSample] = {}
 
+    def mean_squares(x: Tensor) -> Tensor:  # (H,) fp32 of (H, R, D)
+        return x.float().square().mean((1, 2)).cpu()
+
     def look(seen: Observed) -> None:
         step, layer = place = handle.clock.step, seen.layer.number
         if place in errors:
@@ -295,7 +284,7 @@ def observe(
             order = torch.randperm(seen.video.tokens, generator=drawn)
             tokens = order[:rows].sort().values.to(q.device)
         wanted = dense[0] if tokens is None else dense[0][:, tokens]
-        squares[place] = _mean_squares(wanted)
+        squares[place] = mean_squares(wanted)
         off, kept = [], []
         whole, scale = handle.clock.tokens, scale_of(seen.run, q)
         for candidate in candidates:
@@ -306,7 +295,7 @@ def observe(
             method = candidate.for_layer(layer)
             method = method if whole is None else method.within(seen.video, whole.video)
             out, density = answer(method, q, k, v, seen.video, tokens, scale, kernel)
-            off.append(_mean_squares(out - wanted))
+            off.append(mean_squares(out - wanted))
             kept.append(density)
         errors[place] = torch.stack(off, -1)
         densities.setdefault(layer, []).append(kept)
@@ -379,7 +368,7 @@ def weight_of_step(
     step: int,
     method: Method,
     relative: Tensor,
-    kernel: str = "auto",
+    kernel: str,
 ) -> float:
     """Weight of a step: relative error of the final latents over the relative error of attention.
 
@@ -403,7 +392,7 @@ def weight_of_step(
 
 
 def seconds_of(
-    heard: dict[int, AttentionSample], candidates: Sequence[Method], kernel: str = "auto"
+    heard: dict[int, AttentionSample], candidates: Sequence[Method], kernel: str
 ) -> tuple[Tensor, float]:
     """Time all candidates and dense attention in turn, the choice of blocks included.
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors import method_name
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
@@ -45,7 +45,7 @@ from gen_accel.io import (
 )
 from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
-from gen_accel.paths import expanded
+from gen_accel.paths import check_output, expanded
 from gen_accel.registry import MOST_TOKENS, PRESETS, RULES
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -260,7 +260,7 @@ class MadeFor:
         call: Mapping[str, object],
         sigmas: Sequence[float],
     ) -> "MadeFor":
-        transformer, scheduler = transformer_of(pipe), pipe.scheduler
+        transformer, scheduler = first_transformer(pipe), pipe.scheduler
         config = {k: v for k, v in plain_of(scheduler.config).items() if not k.startswith("_")}
         return cls(
             sizes(transformer),
@@ -276,11 +276,6 @@ class MadeFor:
 def plain_of(values: Mapping[str, object]) -> dict[str, object]:
     """Return the values that are numbers, text or None."""
     return {name: value for name, value in values.items() if isinstance(value, PLAIN)}
-
-
-def transformer_of(pipe_or_transformer: "DiffusionPipeline | nn.Module") -> "ModelMixin":
-    """Return the first transformer of a pipeline."""
-    return next(iter(served_transformers(pipe_or_transformer).values()))
 
 
 def loras_of(transformer: "ModelMixin") -> tuple[str, ...]:
@@ -403,7 +398,7 @@ def write_preset(
         The preset as it was written, with the hash of the profile.
     """
     path = expanded(path)
-    check_preset_path(path)
+    check_output(path, ".json")
     written: dict[str, str] = {}
 
     def placed(method: Method) -> Method:
@@ -426,12 +421,6 @@ def write_preset(
         preset = replace(preset, profile=known)
     write_json(path, preset.to_dict())
     return preset
-
-
-def check_preset_path(path: Path) -> None:
-    """Raise ValueError for a preset's file that is not called *.json."""
-    if path.suffix != ".json":
-        raise ValueError(f"a preset is a file called *.json, got {path}")
 
 
 def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Method, ...]]:
@@ -683,7 +672,7 @@ def choose_preset(
     Warns:
         NotMeasured: a name for a model that no preset was tuned for.
     """
-    transformer = transformer_of(pipe_or_transformer)
+    transformer = first_transformer(pipe_or_transformer)
     if isinstance(preset, str) and preset in PRESETS:
         found = in_the_box(preset, transformer, asked)
         if found is None:

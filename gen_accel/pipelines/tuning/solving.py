@@ -153,23 +153,20 @@ class SolveOptions:
         check_options(self)
 
 
-DEFAULT = SolveOptions()
-
-
-def curve(profile: Profile, options: SolveOptions = DEFAULT, points: int = POINTS) -> list[Point]:
+def curve(profile: Profile, options: SolveOptions, points: int = POINTS) -> list[Point]:
     """List the best choices from the cheapest to dense."""
     found = frontier(*_problem(profile, options), points)
     return [_point(profile, choice, options) for choice in found]
 
 
-def at_error(profile: Profile, error: float, options: SolveOptions = DEFAULT) -> Point | None:
+def at_error(profile: Profile, error: float, options: SolveOptions) -> Point | None:
     """Find the cheapest choice with an error, see `bounded`, of at most `error`; None if even
     dense attention exceeds it."""
     found = within(*_problem(profile, options), error**2)
     return None if found is None else _point(profile, found, options)
 
 
-def bounded(profile: Profile, settings: Tensor, options: SolveOptions = DEFAULT) -> float:
+def bounded(profile: Profile, settings: Tensor, options: SolveOptions) -> float:
     """Error of a choice, (S, L, H), as `at_error` bounds it: with scale "mean" the predicted one,
     with "worst" more, with "even" another weighting of the prompts."""
     errors = profile.unit_errors(scale=options.scale)

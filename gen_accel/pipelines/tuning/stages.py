@@ -21,7 +21,7 @@ from gen_accel.attention_processors.attached.calibrate import (
     check_bare,
     observe_dense,
 )
-from gen_accel.attention_processors.attached.clock import served_transformers
+from gen_accel.attention_processors.attached.clock import first_transformer, served_transformers
 from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.methods.dense import Dense
@@ -31,7 +31,7 @@ from gen_accel.io import parse_json, plain, read_tensors, replacing, save_tensor
 from gen_accel.measure.machine import device_name
 from gen_accel.method import Box, Method, check_method
 from gen_accel.parsing import shown
-from gen_accel.paths import expanded
+from gen_accel.paths import check_output, expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.measuring import (
     PipelineCall,
@@ -50,14 +50,12 @@ from gen_accel.pipelines.tuning.preset import (
     Preset,
     Profile,
     ScoredPrompt,
-    check_preset_path,
     described,
     holds,
     least_scores,
     levels_of,
     loras_of,
     plain_of,
-    transformer_of,
 )
 from gen_accel.pipelines.tuning.solving import Point, SolveOptions, rules_of_point
 from gen_accel.pipelines.tuning.tuned import Tuned
@@ -304,12 +302,6 @@ def _checked(candidates: Sequence[Method], device: torch.device) -> tuple[Method
     return (*sparse, Dense())
 
 
-def _middle(errors: Sequence[float]) -> int:
-    """Number of the candidate whose error lies in the middle of all that err."""
-    order = sorted((error, i) for i, error in enumerate(errors) if error > 0)
-    return order[len(order) // 2][1]
-
-
 class _Tuning:
     """One run of `tune`.
 
@@ -337,15 +329,18 @@ class _Tuning:
         self.began = time.monotonic()
         self.until = self.began + 60 * (options.minutes or math.inf)
         if out is not None:
-            check_preset_path(out)
-        _check(pipe)
+            check_output(out, ".json")
+        check_bare(pipe, "tune")
+        for name, transformer in served_transformers(pipe).items():
+            if any(parameter.is_meta for parameter in transformer.parameters()):
+                raise ValueError(f"{name} is offloaded: tune without, so that seconds can be told")
         if options.objective != "latent_error":
             check_decodes(pipe)
         if options.objective == "psnr":
             from gen_accel.measure.quality import check_installed
 
             check_installed()
-        self.transformer = transformer_of(pipe)
+        self.transformer = first_transformer(pipe)
         self.video, tile = self._scout(candidates is None)
         if candidates is None:
             found = default_candidates(self.video, tile=tile, masses=self._masses())
@@ -534,7 +529,9 @@ class _Tuning:
     ) -> None:
         """Measure the weights of the steps that are left of one prompt."""
         errors, squares = (self.state.tensors[f"prompt0.{name}"] for name in ("errors", "squares"))
-        number = _middle((errors.double().mean((0, 1, 2)) / squares.double().mean()).tolist())
+        means = errors.double().mean((0, 1, 2)) / squares.double().mean()
+        order = sorted((error, i) for i, error in enumerate(means.tolist()) if error > 0)
+        _, number = order[len(order) // 2]  # the candidate in the middle of all that err
         total = count * self.count
         for done, step in enumerate(left, (i + 1) * count - len(left)):
             self.tick("weights", done, total)
@@ -647,11 +644,3 @@ class _Tuning:
         with attach_method(self.pipe, method, **options) as handle:
             latents = generate(self.pipe, self.prompts[i], i, self.call)
             return latents, sum(record.seconds or 0.0 for record in handle.records.values())
-
-
-def _check(pipe: "DiffusionPipeline") -> None:
-    """Refuse, by a ValueError, a pipeline whose attention cannot be observed."""
-    check_bare(pipe, "tune")
-    for name, transformer in served_transformers(pipe).items():
-        if any(parameter.is_meta for parameter in transformer.parameters()):
-            raise ValueError(f"{name} is offloaded: tune without, so that seconds can be told")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, read_recipe
 from gen_accel.config import check_outputs
 from gen_accel.paths import expanded, model_named
@@ -12,12 +13,7 @@ from gen_accel.pipelines.generation.config import Clip, Loading, read_prompts, v
 from gen_accel.pipelines.generation.loading import find_device, load
 from gen_accel.pipelines.generation.model_index import asked_run, check_model, usual_run
 from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
-from gen_accel.pipelines.generation.sampling import (
-    arguments,
-    check_clip,
-    filled,
-    first_transformer,
-)
+from gen_accel.pipelines.generation.sampling import arguments, check_clip, filled
 from gen_accel.pipelines.long_video import apply_recipe
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.pipelines.tuning.stages import tune

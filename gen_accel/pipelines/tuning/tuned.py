@@ -17,7 +17,7 @@ from gen_accel.attention_processors.attached.calibrate import (
     check_bare,
     observe_dense,
 )
-from gen_accel.attention_processors.attached.clock import noise_levels
+from gen_accel.attention_processors.attached.clock import first_transformer, noise_levels
 from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
@@ -38,7 +38,6 @@ from gen_accel.pipelines.tuning.preset import (
     holds,
     read_preset,
     read_profile,
-    transformer_of,
     write_preset,
 )
 from gen_accel.pipelines.tuning.solving import Point, SolveOptions, rules_of_point
@@ -244,7 +243,7 @@ class Tuned:
         """Tuning prompts, call and kernel, to generate with again; ValueError for a pipeline of
         another model."""
         preset = self.preset
-        check_model(preset, transformer_of(pipe), "the preset")
+        check_model(preset, first_transformer(pipe), "the preset")
         prompts = tuple(preset.made_by.get("prompts", ()))
         if not prompts:
             raise ValueError("the preset does not name its tuning prompts: tune again")
@@ -416,13 +415,12 @@ def cells(found: Tuned) -> tuple[np.ndarray, list[str]]:
     return colours[settings], names
 
 
-def hand_settings(found: Tuned, dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> list[Point]:
-    """Predicted figures of every candidate in all layers, after so many dense steps."""
+def hand_settings(found: Tuned) -> list[Point]:
+    """Predicted figures of every candidate in all layers, after 0 to 4 dense steps."""
     dense, points = len(found.candidates) - 1, []
     for candidate in range(dense):
-        for first in dense_steps:
-            if first < found.profile.steps:
-                settings = torch.full_like(found.point.settings, candidate)
-                settings[:first] = dense
-                points.append(solving.point_of(found.profile, settings))
+        for first in range(min(5, found.profile.steps)):
+            settings = torch.full_like(found.point.settings, candidate)
+            settings[:first] = dense
+            points.append(solving.point_of(found.profile, settings))
     return points

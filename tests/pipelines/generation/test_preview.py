@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gen_accel import Dense, Radial, demo
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families import families, family_of
 from gen_accel.attention_processors.families.base import Generation
 from gen_accel.measure import read_video
@@ -32,13 +33,7 @@ from gen_accel.pipelines.generation.preview import (
     frames_first,
     published_colors,
 )
-from gen_accel.pipelines.generation.sampling import (
-    Clip,
-    denoise,
-    filled,
-    first_transformer,
-    parameters,
-)
+from gen_accel.pipelines.generation.sampling import Clip, denoise, filled, parameters
 
 PROMPT = "a red square moves right"
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from gen_accel import demo
+from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.pipelines.generation.model_index import skeleton
-from gen_accel.pipelines.generation.sampling import first_transformer
 from gen_accel.pipelines.long_video import (
     effects,
     excluded,

@@ -161,7 +161,7 @@ def test_more_axes_are_never_dearer():
 
 def test_all_dense_costs_one():
     known = profile()
-    point = curve(known)[-1]
+    point = curve(known, SolveOptions())[-1]
     assert (point.settings == 3).all()
     assert (point.cost, point.density) == (pytest.approx(1), pytest.approx(1))
     assert point_of(known, point.settings).predicted == 0
