@@ -96,22 +96,16 @@ class Comparison:
             f"{kind}  {self.sparse.denoise_seconds:.1f} s",
         ]
 
-    def caption(self, *, with_times: bool = True) -> str:
-        """Say in one line what sparse attention gained and cost.
-
-        Args:
-            with_times: whether the times mean anything.
-        """
+    def caption(self, *, with_times: bool) -> str:
+        """Say in one line what sparse attention gained, if the times mean anything, and cost."""
         density = self.summary.density
         kept = "all steps dense" if density is None else f"density {density:.2f} where sparse"
         told = f"{kept}, PSNR {self.fidelity.psnr_db:.1f} dB"
         return f"{self.speedup:.2f}x as fast, {told}" if with_times else told
 
     def pair(self, *, with_times: bool = True) -> np.ndarray:
-        """Join dense left and sparse right, with seconds above and figures below.
-
-        Returns (F, H, W, 3) uint8.
-        """
+        """Join dense left and sparse right, with seconds above and figures below, (F, H, W, 3)
+        uint8."""
         videos = [self.dense.video, self.sparse.video]
         scale = max(1, SHOWN_WIDTH // videos[0].shape[2])
         caption = self.caption(with_times=with_times)
@@ -121,6 +115,7 @@ class Comparison:
         ran, closeness = self.summary.to_dict(), self.fidelity.to_dict()
         kernels = sorted({r.choice.kernel for r in self.summary.records.values() if r.choice})
         seconds = {"dense": self.dense_summary.seconds, "sparse": self.summary.seconds}
+        cached = {"cache": self.cache, "skipped_steps": skipped_steps(self.summary)}
         known = {"frames", *(("enlarged",) if self.fidelity.enlarged == 1 else ())}
         of_clip = ("seed", "frames", "height", "width", "steps", "guidance_scale", "fps")
         return {
@@ -147,7 +142,7 @@ class Comparison:
             "total_speedup": self.dense.seconds / self.sparse.seconds,
             "compile_seconds": self.compile_seconds,
             "busy": self.busy,
-            **({} if self.cache is None else self._cached()),
+            **({} if self.cache is None else cached),
             "psnr_db": closeness.pop("psnr_db"),
             "ssim": closeness.pop("ssim"),
             **{
@@ -157,9 +152,6 @@ class Comparison:
             },
             "environment": self.environment,
         }
-
-    def _cached(self) -> dict[str, object]:
-        return {"cache": self.cache, "skipped_steps": skipped_steps(self.summary)}
 
 
 def compare_with_dense(
@@ -195,7 +187,10 @@ def compare_with_dense(
     warm = _warm_up_method(pipe, method)
     short = _warm_up_clip(pipe, clip, warm, inputs)
     known = known or Expected(None, clip.steps)
-    weights, share = known.of_both, _share_of(short, clip)
+    weights = known.of_both
+    # The work of the warm-up as a share of the clip's, by frames and steps.
+    share = 1.0 if short.frames is None else short.frames / (clip.frames or short.frames)
+    share *= (short.steps or 1) / (clip.steps or max(short.steps or 1, STEPS))
     with ExitStack() as stack:
         whole = part or stack.enter_context(Progress()).parted()
         first, *clips = whole.parts(
@@ -254,13 +249,6 @@ def compare_with_dense(
     )
 
 
-def _share_of(short: Clip, clip: Clip) -> float:
-    """Share of the work of a clip that its warm-up is taken to be, by frames and steps."""
-    frames = 1.0 if short.frames is None else short.frames / (clip.frames or short.frames)
-    steps = short.steps or 1
-    return frames * steps / (clip.steps or max(steps, STEPS))
-
-
 def _warm_up_method(pipe: "DiffusionPipeline", method: Method) -> Method:
     """Return rules that run each method of rules once, each in a layer and step of its own; other
     methods as they are."""
@@ -278,7 +266,7 @@ def _warm_up_method(pipe: "DiffusionPipeline", method: Method) -> Method:
 
 
 def _warm_up_clip(
-    pipe: "DiffusionPipeline", clip: Clip, method: Method, inputs: CallArguments | None = None
+    pipe: "DiffusionPipeline", clip: Clip, method: Method, inputs: CallArguments | None
 ) -> Clip:
     """Shorten a clip for the warm-up to few frames and steps.
 

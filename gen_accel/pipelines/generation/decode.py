@@ -29,8 +29,8 @@ from gen_accel.attention_processors.families.decoders import (
 from gen_accel.attention_processors.families.latents import unscaled as own_unit
 from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.sites import Model
-from gen_accel.io import check_folder, fields_of, parse_json, replacing, save_tensors, typed
-from gen_accel.paths import check_replaceable, expanded, real
+from gen_accel.io import fields_of, parse_json, replacing, save_tensors, typed
+from gen_accel.paths import check_output, expanded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -110,7 +110,14 @@ def decode_stream(
             f"{type(vae).__name__} does not say how its latents are scaled: it has neither "
             "latents_mean nor scaling_factor"
         )
-    return _decoded(pipe, [latents], _parts(vae), device)
+    parts = parts_of(vae)
+    if parts is None:
+        warnings.warn(
+            f"{type(vae).__name__} is decoded whole, which takes memory for all frames at once",
+            DecodedWhole,
+            stacklevel=2,
+        )
+    return _decoded(pipe, [latents], parts or _whole, device)
 
 
 def decode_chunks(pipe: "DiffusionPipeline", chunks: Iterable[Tensor]) -> Iterator[np.ndarray]:
@@ -132,30 +139,14 @@ def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Pa
     """Write `latents`, and `about` as JSON in the metadata; the file is complete or absent.
 
     Raises:
-        ValueError, OSError: a path that `check_latents_path` refuses.
+        ValueError, OSError: a path that `check_output` refuses.
         NoRoom: a full disk.
     """
     path = Path(path)
-    check_latents_path(path)
+    check_output(path, LATENTS)
     with replacing(path) as partial:
         save_tensors({"latents": latents.cpu()}, partial, {ABOUT: json.dumps(about)})
     return path
-
-
-def check_latents_path(path: str | Path) -> None:
-    """Raise early the errors that `save_latents` would raise after the work.
-
-    Raises:
-        ValueError: a suffix other than .safetensors, or a folder at `path`.
-        OSError: the folder of `path` cannot be made or written to.
-    """
-    path = Path(path)
-    if path.suffix.lower() != LATENTS:
-        raise ValueError(f"a file of latents must end in {LATENTS}, got {path}")
-    check_replaceable(path)
-    if path.is_dir():
-        raise ValueError(f"{path} must be a file, but it is a folder")
-    check_folder(real(path).parent)
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
@@ -226,22 +217,6 @@ def unscaled(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1).to(latents)
     inverse = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1).to(latents)
     return latents / inverse + mean
-
-
-def _parts(vae: Model) -> Parts:
-    """Return the function that decodes in parts.
-
-    Without one for this autoencoder and its settings, warn, and return a function that decodes
-    the clip as a whole.
-    """
-    if (decode := parts_of(vae)) is not None:
-        return decode
-    warnings.warn(
-        f"{type(vae).__name__} is decoded whole, which takes memory for all frames at once",
-        DecodedWhole,
-        stacklevel=3,
-    )
-    return _whole
 
 
 def _whole(vae: Model, parts: Iterable[Tensor]) -> Iterator[Tensor]:

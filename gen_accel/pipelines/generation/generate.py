@@ -152,7 +152,7 @@ def generate_by(config: GenerateConfig) -> list[Generated]:
     cluster = cluster_of(config.ray, config.ray_workers, config.device)
     plan = plan_of(config, elsewhere=cluster is not None)
     left = plan.left()
-    share = Share.of(left, config) if config.is_list and cluster is None else Share(left)
+    share = Share.of(left, config.device) if config.is_list and cluster is None else Share(left)
     if share.is_main_process and len(left) < len(plan.videos):
         targets = [video.target for video in plan.videos]
         print(prompt_list.what_is_done(targets, left), file=sys.stderr)

@@ -308,10 +308,14 @@ def own_arguments(kind: type, words: Sequence[str]) -> dict[str, object]:
             another type.
     """
     known, found = dict[str, tuple[object, object]](), dict[str, object]()
+
+    def is_plain(hint: object) -> bool:
+        return hint in _PLAIN or (isinstance(hint, type) and issubclass(hint, Enum))
+
     for name, one in inspect.signature(kind.__call__).parameters.items():
         hint = type(one.default) if isinstance(one.annotation, str) else one.annotation
         plain = (get_origin(each) or each for each in members(hint))
-        if name not in _SET and all(each in _PLAIN or _is_enum(each) for each in plain):
+        if name not in _SET and all(map(is_plain, plain)):
             known[name] = hint, one.default
     for word in words:
         name, _, text = (part.strip() for part in word.partition("="))
@@ -336,10 +340,6 @@ def own_arguments(kind: type, words: Sequence[str]) -> dict[str, object]:
             raise ValueError(f"{name} of {kind.__name__} must be {right}, got {shown(text)}")
         found[name] = value
     return found
-
-
-def _is_enum(hint: object) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Enum)
 
 
 def in_length(

@@ -155,7 +155,9 @@ def load(
     if cache is None or parts:
         pipe = loaded()
     else:
-        key = name, dtype, source, _state_of(source), how if quantised else None, (*places,)
+        # A value that changes with the files: on the hub, a snapshot's name is a commit.
+        state = identity(source) if Path(source).exists() else cached_index(source)
+        key = name, dtype, source, state, how if quantised else None, (*places,)
         pipe = cache.taken(key, loaded)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -396,13 +398,6 @@ def _place(pipe: "DiffusionPipeline", offload: str, device: torch.device) -> Non
             )
 
 
-def _state_of(source: str) -> object:
-    """Return a value that changes with the files of a model."""
-    if Path(source).exists():
-        return identity(source)
-    return cached_index(source)  # a snapshot's name is a commit
-
-
 def lora_source(text: str) -> tuple[str, float]:
     """Parse "folder:0.5" to the folder, file or repository and 0.5; OSError if it is not there."""
     source, weight = parted(text)
@@ -441,7 +436,7 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
                 file = file_of(path)
                 load_factored(model, file, read_recipe(file), name)
             continue
-        checked = {part: _checked(pipe, path, part) for part, path in parts.items()}
+        checked = {part: check_lora(pipe, path, part) for part, path in parts.items()}
         for part, (_, whole) in checked.items():
             if whole is not None:
                 whole.apply(getattr(pipe, part), weight, source)
@@ -467,27 +462,21 @@ def add_loras(pipe: "DiffusionPipeline", loras: Sequence[tuple[str, float]]) -> 
 
 def check_lora(
     pipe: "DiffusionPipeline", source: str, part: str = EXPERTS[0]
-) -> Path | dict[str, Tensor]:
+) -> tuple[Path | dict[str, Tensor], Whole | None]:
     """Refuse a LoRA that diffusers would load only in part, with no more than a log message.
 
     Args:
         part: the transformer that it is loaded into.
 
     Returns:
-        The file to load, or the tensors in its place if diffusers does not read its names.
+        The file to load, or the tensors in its place if diffusers does not read its names; and
+        what in it is no product of two matrices.
 
     Raises:
         ValueError: layers that the model does not have, layers with one matrix missing or with no
             weights at all, matrices of another size, or integer weights.
         OSError: no LoRA there.
     """
-    return _checked(pipe, source, part)[0]
-
-
-def _checked(
-    pipe: "DiffusionPipeline", source: str, part: str
-) -> tuple[Path | dict[str, Tensor], Whole | None]:
-    """Check a LoRA as `check_lora` does. Also return what in it is no product of two matrices."""
     from diffusers.loaders.lora_base import LoraBaseMixin
 
     kind, home, renamed, whole = type(pipe).__name__, None, None, None

@@ -158,11 +158,11 @@ def _of_recipe(recipe: Recipe) -> list[str]:
         if recipe.holds_guidance
         else "it holds no guidance: run it with the model's own"
     )
-    schedule = recipe.build_schedule()
     return [
         f"gen-accel trained it for {recipe.transformer['class']} of {recipe.base_model}, "
         f"{recipe.part}, in {recipe.steps} steps on clips of up to {recipe.frames} frames of "
         f"{recipe.height} x {recipe.width}.",
-        f"It was trained through {recipe.build_method()!r}, {schedule}; {guidance}.",
+        f"It was trained through {recipe.build_method()!r}, "
+        f"{recipe.build_schedule()}; {guidance}.",
         "Run it with --from-lora, which brings that attention.",
     ]

@@ -23,13 +23,21 @@ from gen_accel.attention_processors.families.pipelines import choose_in, takes
 from gen_accel.attention_processors.methods.registry import method_from, options_of
 from gen_accel.config import is_words
 from gen_accel.hub import index_in, parted
-from gen_accel.io import plain, read_fields, read_index
+from gen_accel.io import check_folder, plain, read_fields, read_index
 from gen_accel.measure.clip_settings import ClipSettings, fingerprint, versions
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method
 from gen_accel.parsing import as_text, is_told, shown
-from gen_accel.paths import DEMO, check_replaceable, expanded, model_named, numbered
+from gen_accel.paths import (
+    DEMO,
+    check_output,
+    check_replaceable,
+    expanded,
+    model_named,
+    numbered,
+    real,
+)
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.config import (
     ATTENTION,
@@ -38,7 +46,7 @@ from gen_accel.pipelines.generation.config import (
     prompts_of,
     values_of_clip,
 )
-from gen_accel.pipelines.generation.decode import check_latents_path
+from gen_accel.pipelines.generation.decode import LATENTS
 from gen_accel.pipelines.generation.inputs import (
     CallArguments,
     OpenedFiles,
@@ -346,7 +354,8 @@ def plan_of(config: GenerateConfig, *, elsewhere: bool = False) -> GenerationPla
             if kind in ("video", "dense", "side by side"):
                 check_writable(path, frames=config.frames)
             elif kind == "latents":
-                check_latents_path(path)
+                check_output(path, LATENTS)
+                check_folder(real(path).parent)
             else:
                 check_replaceable(path)
     return plan
@@ -697,7 +706,24 @@ def forecast_generate(
     plan = plan_of(config)
     config, model = plan.config, model_named(config.model)
     if config.stream:
-        return _forecast_stream(config, model, gpu)
+        from gen_accel.pipelines.generation.stream_cost import forecast_stream
+
+        _, height, width, _ = whole_run(config.model, config)
+        return forecast_stream(
+            model,
+            zones=_seen_by(config).zones,
+            height=height,
+            width=width,
+            fps=frame_rate_of(config.model, config.fps),
+            frames=config.frames,
+            steps=config.steps,
+            gpu=gpu,
+            dtype=config.dtype,
+            guidance_scale=config.guidance_scale,
+            offload=config.offload,
+            quantize=config.quantize,
+            text=config.max_tokens,
+        )
     subject = subject_of(model)
     kind = pipeline_class(index_of(config.model)["_class_name"])
     known = {
@@ -739,24 +765,3 @@ def forecast_generate(
     needed = needed_parts(kind.__name__, config.kinds) if is_of_blocks(kind) else None
     to_fetch = None if is_here else bytes_to_fetch(location_of(config.model), needed)
     return replace(found, fps=frame_rate_of(config.model, config.fps), to_fetch=to_fetch)
-
-
-def _forecast_stream(config: GenerateConfig, model: str, gpu: str | None) -> "StreamForecast":
-    from gen_accel.pipelines.generation.stream_cost import forecast_stream
-
-    _, height, width, _ = whole_run(config.model, config)
-    return forecast_stream(
-        model,
-        zones=_seen_by(config).zones,
-        height=height,
-        width=width,
-        fps=frame_rate_of(config.model, config.fps),
-        frames=config.frames,
-        steps=config.steps,
-        gpu=gpu,
-        dtype=config.dtype,
-        guidance_scale=config.guidance_scale,
-        offload=config.offload,
-        quantize=config.quantize,
-        text=config.max_tokens,
-    )

@@ -15,7 +15,6 @@ from gen_accel.attention_processors.attached.records import Summary
 from gen_accel.io import contents_sha256, read_fields, typed
 from gen_accel.measure import write_json
 from gen_accel.paths import record_of
-from gen_accel.pipelines.generation.config import Loading
 from gen_accel.pipelines.generation.loading import find_device
 from gen_accel.registry import needed_for
 
@@ -149,9 +148,9 @@ class Share(NamedTuple):
     state: PartialState | None = None
 
     @classmethod
-    def of(cls, left: Sequence[int], loading: Loading) -> "Share":
+    def of(cls, left: Sequence[int], device: str) -> "Share":
         """Take this process's part of the videos that are left, once all processes know them."""
-        on_cpu = find_device(loading.device).type == "cpu"
+        on_cpu = find_device(device).type == "cpu"
         # Processes that finish early wait for the others' videos.
         state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
         if state.num_processes == 1:

@@ -144,7 +144,11 @@ def load_original(file: Path, kind: type[Any], dtype: torch.dtype) -> "nn.Module
     Raises ValueError as `check_original`.
     """
     if file.suffix == GGUF:
-        return _load_gguf(file, kind, dtype)
+        from diffusers import GGUFQuantizationConfig
+
+        check_original(file, kind, file.parent)
+        how = GGUFQuantizationConfig(compute_dtype=dtype)
+        return _from_single_file(file, str(file), kind, dtype, how)
     model: Any
     model, tensors = _fitted(file, kind, file.parent, read_tensors(file)[0], dtype)
     if not _is_of_diffusers(kind):
@@ -166,7 +170,7 @@ def _is_of_diffusers(kind: type[Any]) -> bool:
 
 
 def load_to_quantise(
-    file: Path, kind: type[Any], dtype: torch.dtype, how: Any, device_map: object = None
+    file: Path, kind: type[Any], dtype: torch.dtype, how: Any, device_map: object
 ) -> "ModelMixin":
     """Load the model of a single file onto the CPU, quantised on the way as `from_pretrained`
     does the same weights.
@@ -199,14 +203,6 @@ def load_to_quantise(
         return _from_single_file(file, tensors, kind, dtype, how, device_map)
     finally:
         known[name] = before
-
-
-def _load_gguf(file: Path, kind: type[Any], dtype: torch.dtype) -> "ModelMixin":
-    from diffusers import GGUFQuantizationConfig
-
-    check_original(file, kind, file.parent)
-    how = GGUFQuantizationConfig(compute_dtype=dtype)
-    return _from_single_file(file, str(file), kind, dtype, how)
 
 
 def _from_single_file(
@@ -281,7 +277,16 @@ def _fitted(
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model without weights, and the tensors of a file by its names."""
-    hollow, config = _hollow(kind, folder)
+    config: dict[str, Any] = {}
+    if _is_of_diffusers(kind):
+        from accelerate import init_empty_weights
+
+        config = read_fields(folder / "config.json")
+        with init_empty_weights():  # buffers that no file holds keep their values
+            hollow = kind.from_config(config)
+    else:
+        with torch.device("meta"):
+            hollow = kind(kind.config_class.from_pretrained(folder))
     tensors = plain_names(tensors) if _is_of_diffusers(kind) else tensors
     tensors = _descaled(tensors, file, dtype)
     tensors = {key: x for key, x in tensors.items() if not TRAINED.fullmatch(key)}  # see `load`
@@ -328,19 +333,6 @@ def plain_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not all(map(NET.match, tensors)):
         return tensors
     return {NET.sub("", key, count=1): x for key, x in tensors.items()}
-
-
-def _hollow(kind: type[Any], folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a model without weights from its config, and return both."""
-    if not _is_of_diffusers(kind):
-        found = kind.config_class.from_pretrained(folder)
-        with torch.device("meta"):
-            return kind(found), {}
-    from accelerate import init_empty_weights
-
-    config = read_fields(folder / "config.json")
-    with init_empty_weights():  # buffers that no file holds keep their values
-        return kind.from_config(config), config
 
 
 def _descaled(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.clock import served_transformers
 from gen_accel.attention_processors.image_prompt import ImageAdapter
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.parsing import shown
@@ -80,7 +81,8 @@ def load_image_prompt(
     """
     if not name or "." in name:
         raise ValueError(f"name must not be empty or hold a dot, got {shown(name)}")
-    models = _models(pipe)
+    served = served_transformers(pipe)
+    models = {part: model for part, model in served.items() if part in MODELS}
     file = None
     if not isinstance(source, ImageAdapter):
         path = find_adapter(source, subfolder, weight_name)
@@ -236,18 +238,6 @@ def _undisturbed(unet: "ModelMixin") -> Iterator[list[str]]:
         layer.set_adapter(active)
     for parameter in unet.parameters():
         parameter.requires_grad_(trains.get(parameter, False))
-
-
-def _models(pipe: "DiffusionPipeline | ModelMixin") -> "dict[str, ModelMixin]":
-    if isinstance(pipe, nn.Module):
-        return {MODELS[0]: pipe}
-    found = {name: getattr(pipe, name, None) for name in MODELS}
-    models = {name: model for name, model in found.items() if model is not None}
-    if not models:
-        raise TypeError(
-            f"{type(pipe).__name__} is neither a pipeline with a transformer or UNet nor a module"
-        )
-    return models
 
 
 def _chosen(

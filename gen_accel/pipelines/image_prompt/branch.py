@@ -93,7 +93,14 @@ class Branch:
         terms, total = self.graded if torch.is_grad_enabled() else self.terms, None
         frames = terms[0].frames if terms else None
         if terms and not self.site.by_sample:
-            self._check_rows(len(q), len(terms[0].k), frames)
+            given, rows = len(q), len(terms[0].k)
+            if given != rows * (frames or 1):
+                videos = "samples" if frames is None else f"videos of {frames} frames"
+                raise ValueError(
+                    f"{self.site.name} is given {given} rows at a time, of {rows} {videos}: image "
+                    "prompts do not work with features that run a part of the rows, such as "
+                    "FasterCache and split inference; disable them"
+                )
         if frames is not None:  # join the frames of a video, as if they attended together
             q = q.unflatten(0, (-1, frames)).flatten(1, 2)
             samples = slice(0, len(q))
@@ -111,17 +118,6 @@ class Branch:
         if total is None or not total.requires_grad or torch.compiler.is_compiling():
             return total
         return cast(Tensor, _OfOneTurn.apply(total, self.turn))
-
-    def _check_rows(self, given: int, rows: int, frames: int | None) -> None:
-        """Raise ValueError for a number of rows that the prompt was not set for."""
-        if given == rows * (frames or 1):
-            return
-        videos = "samples" if frames is None else f"videos of {frames} frames"
-        raise ValueError(
-            f"{self.site.name} is given {given} rows at a time, of {rows} {videos}: image prompts "
-            "do not work with features that run a part of the rows, such as FasterCache and split "
-            "inference; disable them"
-        )
 
     def _weight(self, weight: Tensor | dict[int, Tensor], q: Tensor, samples: slice) -> Tensor:
         if not isinstance(weight, dict):
@@ -216,12 +212,8 @@ class RowTerms:
         x: Tensor,
         sides: Mapping[str, Side],
     ) -> None:
-        self._unet, self._layout, self._device, self._dtype = (
-            target.unet,
-            layout,
-            x.device,
-            x.dtype,
-        )
+        self._unet, self._layout = target.unet, layout
+        self._device, self._dtype = x.device, x.dtype
         self._masks = None if images is None else images.masks
         self._each = images is not None and images.each
         self._weights: dict[tuple[Strength, VideoShape | None], list[Weight]] = {}

@@ -33,7 +33,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,10 +138,6 @@ class AdapterFile:
     lora: dict[str, Tensor] = field(default_factory=dict, repr=False)
     metadata: Metadata = field(default_factory=dict)
     origin: str = "the adapter"
-
-    def told(self, name: str, kind: type, default: object) -> Any:
-        """Return an entry of the metadata; ValueError for one of another type."""
-        return typed(self.metadata, name, kind, origin=self.origin, default=default)
 
 
 def find_adapter(
@@ -261,7 +257,7 @@ def build_adapter(file: AdapterFile, transformer: "ModelMixin") -> ImageAdapter:
         file.variant,
         projector,
         layers,
-        key_norm=file.told("key_norm", str, _KEY_NORMS.get(file.variant, "none")),
+        key_norm=file.metadata.get("key_norm", _KEY_NORMS.get(file.variant, "none")),
         start=start,
         metadata={**file.metadata, **base_of(transformer, layers)},
     )
@@ -588,7 +584,7 @@ def _places(
     """Map the key of each layer in the file to its attention."""
     kind = type(transformer).__name__
     _check_base(file, sites, transformer)
-    blocks = file.told("blocks", dict, {})
+    blocks = file.metadata.get("blocks", {})
     by_name, by_number = {s.name: s for s in sites}, {s.number: s for s in sites}
     second = sites[::2]
     if file.variant == "lynx_light" and not blocks:
@@ -626,7 +622,7 @@ def _check_base(file: AdapterFile, sites: list[ImageAttention], transformer: "Mo
             f"{file.origin} is for another model: one of the family {shown(said)}, and "
             f"{type(transformer).__name__} is {own}"
         )
-    base, have = file.told("transformer", dict, {}), sizes(transformer)
+    base, have = file.metadata.get("transformer", {}), sizes(transformer)
     wrong = [
         f"{name} {shown(base[name])} (this model: {shown(have[name])})"
         for name in ("num_attention_heads", "attention_head_dim")
@@ -634,7 +630,7 @@ def _check_base(file: AdapterFile, sites: list[ImageAttention], transformer: "Mo
     ]
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
-    heads = file.told("heads", dict, {})
+    heads = file.metadata.get("heads", {})
     for site in sites:
         if heads.get(site.number, site.heads) != site.heads:
             raise ValueError(

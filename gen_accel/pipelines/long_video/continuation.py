@@ -106,10 +106,6 @@ class Continuation:
         )
 
     def generate(self, target: Target, arguments: Arguments) -> object:
-        with one_generation(target.pipe):
-            return self._generate(target, arguments)
-
-    def _generate(self, target: Target, arguments: Arguments) -> object:
         """Return a result like a single call's. With `output_type="latent"` nothing is decoded."""
         pipe = target.pipe
         assert pipe is not None
@@ -126,21 +122,23 @@ class Continuation:
                 f"latents must be noise for the first chunk, of {chunk} latent frames, got "
                 f"{tuple(first.shape)}"
             )
-        output_type = arguments.get("output_type", _default(pipe, "output_type"))
+        known = inspect.signature(type(pipe).__call__).parameters
+        output_type = arguments.get("output_type", known["output_type"].default)
         common = arguments | {
             "num_frames": chunk_frames,
             "output_type": "latent",
             "return_dict": True,
         }
-        output = pipe(**common)
-        latents = output.frames
-        while latents.shape[2] < frames and not getattr(pipe, "interrupt", False):
-            known = latents[:, :, -self.overlap :]
-            made = self._further(pipe, common, known, chunk, lead)
-            fresh = made[:, :, lead + self.overlap :]
-            before = latents[:, :, -fresh.shape[2] :]
-            fresh = matched(fresh, before, self.color_match)
-            latents = torch.cat((latents, fresh), dim=2)
+        with one_generation(pipe):
+            output = pipe(**common)
+            latents = output.frames
+            while latents.shape[2] < frames and not getattr(pipe, "interrupt", False):
+                held = latents[:, :, -self.overlap :]
+                made = self._further(pipe, common, held, chunk, lead)
+                fresh = made[:, :, lead + self.overlap :]
+                before = latents[:, :, -fresh.shape[2] :]
+                fresh = matched(fresh, before, self.color_match)
+                latents = torch.cat((latents, fresh), dim=2)
         video = latents[:, :, :frames]
         if output_type != "latent":
             video = _decoded(pipe, video, output_type)
@@ -255,10 +253,6 @@ def check_flow(scheduler: Any) -> None:
         raise ValueError(
             f"continuation needs a flow matching scheduler, got {type(scheduler).__name__}"
         )
-
-
-def _default(pipe: Model, name: str) -> Any:
-    return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 @torch.no_grad()

@@ -84,9 +84,8 @@ class FreshNoise:
             return pipe(**arguments)
 
     def describe(self, target: Target) -> str:
-        length = f"{target.frames} latent frames, trained at {target.trained}"
         if not target.longer:
-            return f"{length}: off"
+            return f"{target.lengths}: off"
         found = self.sampler(target, target.frames).shift
         shift = "by the resolution" if found is None else f"{found:g}"
-        return f"{length}: other noise at each step, noise levels with shift {shift}"
+        return f"{target.lengths}: other noise at each step, noise levels with shift {shift}"

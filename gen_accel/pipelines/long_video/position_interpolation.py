@@ -30,11 +30,12 @@ class PositionInterpolation:
         return own * (trained / max(frames, trained))
 
     def apply(self, target: Target) -> Callable[[], None]:
-        options = {"frames": target.frames, "trained": target.trained}
-        return TemporalRule(target.transformers, self.frequencies, **options).remove
+        return TemporalRule(
+            target.transformers, self.frequencies, frames=target.frames, trained=target.trained
+        ).remove
 
     def describe(self, target: Target) -> str:
-        length = f"{target.frames} latent frames, trained at {target.trained}"
         if not target.longer:
-            return f"{length}: off"
-        return f"{length}: temporal frequencies times {target.trained / target.frames:.3f}"
+            return f"{target.lengths}: off"
+        times = target.trained / target.frames
+        return f"{target.lengths}: temporal frequencies times {times:.3f}"

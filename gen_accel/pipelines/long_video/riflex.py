@@ -72,8 +72,9 @@ class Riflex:
             family = family_for(model, "rules on rotary frequencies")
             check_heads(family)
             self.intrinsic(family.temporal_frequencies(transformer), target.trained)
-        options = {"frames": target.frames, "trained": target.trained}
-        return TemporalRule(target.transformers, self.frequencies, **options).remove
+        return TemporalRule(
+            target.transformers, self.frequencies, frames=target.frames, trained=target.trained
+        ).remove
 
     def describe(self, target: Target) -> str:
         name, transformer = next(iter(target.transformers.items()))
@@ -82,10 +83,10 @@ class Riflex:
         k = self.intrinsic(own, target.trained)
         period = 2 * math.pi / float(own[k - 1])
         made = self.frequencies(own, target.frames, target.trained)[k - 1]
-        length = f"{target.frames} latent frames, trained at {target.trained}"
         if made == own[k - 1]:
-            return f"{length}: off, the period of pair {k} is {period:.1f}"
-        return f"{length}: period of pair {k} from {period:.1f} to {2 * math.pi / made:.1f}"
+            return f"{target.lengths}: off, the period of pair {k} is {period:.1f}"
+        longest = 2 * math.pi / made
+        return f"{target.lengths}: period of pair {k} from {period:.1f} to {longest:.1f}"
 
 
 def check_heads(family: Family) -> None:

@@ -98,7 +98,7 @@ class RotatingAnchors:
 
     def describe(self, target: Target) -> str:
         if not target.longer:
-            return f"{target.frames} latent frames, trained at {target.trained}: off"
+            return f"{target.lengths}: off"
         window, interval = self.sizes(target.frames, target.trained)
         return (
             f"{target.frames} latent frames: {2 * window + 1} about each, the first {self.first}, "

@@ -48,6 +48,11 @@ class Target:
         """Whether the video asked for is longer than the trained length."""
         return self.frames > self.trained
 
+    @property
+    def lengths(self) -> str:
+        """Both lengths in words."""
+        return f"{self.frames} latent frames, trained at {self.trained}"
+
     def pixel_frames(self, frames: int) -> int:
         """Number of pixel frames that `frames` latent frames after patchify decode to."""
         return (frames * self.temporal_patch - 1) * self.temporal_factor + 1

@@ -94,7 +94,7 @@ class UltraViCo:
 
     def describe(self, target: Target) -> str:
         if not target.longer:
-            return f"{target.frames} latent frames, trained at {target.trained}: off"
+            return f"{target.lengths}: off"
         beta = "" if self.period is None else f", by {self.beta} around every {self.period} frames"
         return (
             f"scores of keys more than {target.trained / 2:g} of {target.frames} latent frames "

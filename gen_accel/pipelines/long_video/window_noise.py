@@ -152,7 +152,7 @@ class WindowNoise:
 
     def describe(self, target: Target) -> str:
         if not target.longer:
-            return f"{target.frames} latent frames, trained at {target.trained}: off"
+            return f"{target.lengths}: off"
         windows = len(self.starts(target.frames, target.trained))
         return (
             f"{windows} windows of {target.trained} in {target.frames} latent frames, and the "
