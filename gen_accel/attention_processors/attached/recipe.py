@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.registry import method_of_file, with_tuples
-from gen_accel.io import fields_of, parse_json, typed
+from gen_accel.io import fields_of, parse_json, read_tensors, typed
 from gen_accel.method import Method
 from gen_accel.parsing import check_fields, shown
 from gen_accel.paths import expanded
@@ -135,11 +133,7 @@ def read_recipe(source: str | Path) -> Recipe:
     path = path / WEIGHTS if path.is_dir() or not path.suffix else path
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    text = read_tensors(path, lambda names: ())[1].get(KEY)
     if text is None:
         raise ValueError(
             f"{path} does not say what attention it was trained with: it is from elsewhere. "

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from gen_accel import published
 from gen_accel.attention_processors.attached.recipe import KEY, Recipe, parse
 from gen_accel.attention_processors.attached.trained import GATE, TRAINED
-from gen_accel.io import parse_json
+from gen_accel.io import parse_json, read_tensors
 from gen_accel.parsing import shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import file_of
 from gen_accel.pipelines.generation.lora_file import MATRIX, WHOLE
+from gen_accel.pipelines.generation.single_file import header_of
 from gen_accel.published import few_steps, trained_method
 
 FACTORS = re.compile(r"(.+)\.(hada_w1_a|lokr_w1|lokr_w1_a)")
@@ -50,13 +51,8 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
 
     Raises ValueError for a file that is no safetensors file, or a recipe of another version.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-    held = _contents(shapes)
+    tensors, (_, metadata) = header_of(path), read_tensors(path, lambda names: ())
+    held = _contents(tensors)
     text = metadata.get(KEY)
     recipe = None if text is None else parse(parse_json(text, f"the recipe in {path}"), path)
     names = () if recipe is not None else _names(path, metadata)
@@ -88,7 +84,7 @@ def words_of(path: Path) -> tuple[list[str], dict[str, object]]:
     if held.branches:
         lines.append("Its linear branches of SLA belong to SparseLinear.")
     if held.others:
-        lines.append(f"{held.others} of its {len(shapes)} tensors are of no kind known here.")
+        lines.append(f"{held.others} of its {len(tensors)} tensors are of no kind known here.")
     about: dict[str, object] = {
         "file": str(path),
         **vars(held),
@@ -112,9 +108,8 @@ def names_of(source: str) -> tuple[str, ...]:
         return (source,)
     try:
         file = file_of(source)
-        with safe_open(file, "pt") as held:
-            metadata = held.metadata() or {}
-    except (OSError, SafetensorError, ValueError):
+        _, metadata = read_tensors(file, lambda names: ())
+    except (OSError, ValueError):
         return ()  # loading it says why
     return () if KEY in metadata else _names(file, metadata)
 
@@ -124,16 +119,16 @@ def _names(path: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
     return metadata.get("finetuned_model", ""), home + path.name
 
 
-def _contents(shapes: dict[str, list[int]]) -> Contents:
+def _contents(tensors: Mapping[str, Tensor]) -> Contents:
     held, gates, branches = Contents(), set(), set()
-    for key, shape in shapes.items():
+    for key, x in tensors.items():
         if own := TRAINED.fullmatch(key):
             (gates if own[2] == GATE else branches).add(own[1])
         elif WHOLE.fullmatch(key):
             held.whole += 1
         elif matrix := MATRIX.fullmatch(key):
             if matrix[2]:
-                held.ranks[shape[0]] = held.ranks.get(shape[0], 0) + 1
+                held.ranks[len(x)] = held.ranks.get(len(x), 0) + 1
         elif FACTORS.fullmatch(key):
             held.factored += 1
         elif not re.search(r"\.(lora_|hada_|lokr_)", key):

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
@@ -49,7 +48,16 @@ from gen_accel.attention_processors.image_prompt import (
     Projector,
 )
 from gen_accel.hub import REPOSITORY, reachable
-from gen_accel.io import fields_of, named, parse_json, replacing, save_tensors, typed, write_json
+from gen_accel.io import (
+    fields_of,
+    named,
+    parse_json,
+    read_tensors,
+    replacing,
+    save_tensors,
+    typed,
+    write_json,
+)
 from gen_accel.parsing import Count, check_fields, cut, shown
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
@@ -402,13 +410,8 @@ def _choose(names: list[str], weight_name: str | None, where: str) -> tuple[str,
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
-    return tensors, _metadata(text, path)
+    tensors, metadata = read_tensors(path)
+    return tensors, _metadata(metadata.get(KEY), path)
 
 
 def _metadata(text: str | None, path: Path) -> Metadata:
