@@ -28,6 +28,7 @@ LONGEST_NAME = 255  # bytes, if the file system does not say
 DONE = ".done.json"  # suffix of an output's record
 # Suffix of the folder of a stream; in it the film, until it is whole, and what decides the chunks.
 CHUNKS, FILM, ABOUT = ".stream", "film.mp4", "stream.json"
+BUNDLED_PRESETS = Path(__file__).parent / "presets"
 
 Named = Mapping[str, Sequence[Path]]  # paths by the option that names them
 

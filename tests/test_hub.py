@@ -124,7 +124,7 @@ def test_a_plan_and_a_load_fetch_what_the_cache_lacks(hub, monkeypatch, tmp_path
         *("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     }
     assert not {"transformer/w.fp16.safetensors", "vae/old.bin"} & missing.keys()
-    assert loading.bytes_to_fetch("me/mine") == sum(there[name] for name in missing)
+    assert missing == {name: there[name] for name in missing}
     got.clear()
     updates = []
     with heard_by(updates.append):

@@ -18,7 +18,7 @@ from gen_accel.cli.estimate import EstimateConfig
 from gen_accel.cli.metrics import MetricsConfig
 from gen_accel.cli.show import ShowConfig
 from gen_accel.lora.config import TrainConfig
-from gen_accel.pipelines.generation.config import BUNDLED, GenerateConfig
+from gen_accel.pipelines.generation.config import BUNDLED_PRESETS, GenerateConfig
 from gen_accel.pipelines.tuning.config import TuneConfig
 from gen_accel.registry import PRESETS, RULES
 from gen_accel.ui import choices
@@ -221,7 +221,7 @@ def test_loras_are_found_by_what_they_hold(tmp_path):
 def test_what_a_preset_loses_is_what_its_file_records():
     told = choices.what_presets_lose()
     for name in PRESETS:
-        file = json.loads((BUNDLED / f"demo-{name}.json").read_text())
+        file = json.loads((BUNDLED_PRESETS / f"demo-{name}.json").read_text())
         held_out = [one["score"] for one in file["measured"]["held_out"]]
         mean, worst = round(np.mean(held_out)), round(min(held_out))
         assert f"{name.capitalize()} {mean} dB on average, {worst} at worst" in told

@@ -124,7 +124,13 @@ def assemble(
         whole = [f"{name}/*" for name in parts if name not in chosen]
         home = downloaded(location, [*ABOUT, *(f"{name}/*.json" for name in chosen), *whole])
     for name in others:
-        _check_weights(home, name, source)
+        folder = home / name
+        held = os.listdir(folder) if folder.is_dir() else []
+        if not any(map(OWN.fullmatch, held)) and original_in(folder) is None:
+            raise ValueError(
+                f"no file is given for {name}, and {source} holds no weights of it: give "
+                f"{name}=FILE, or a base with them"
+            )
     place = expanded(out)
     with replacing(place) as partial:
         _write(partial, home, parts, chosen, others)
@@ -242,16 +248,6 @@ def _part_for(path: Path, part: str | None, models: Mapping[str, Any], location:
             "experts, transformer is for high noise and transformer_2 for low"
         )
     return fits[0]
-
-
-def _check_weights(home: Path, name: str, source: str | Path) -> None:
-    folder = home / name
-    held = os.listdir(folder) if folder.is_dir() else []
-    if not any(map(OWN.fullmatch, held)) and original_in(folder) is None:
-        raise ValueError(
-            f"no file is given for {name}, and {source} holds no weights of it: give "
-            f"{name}=FILE, or a base with them"
-        )
 
 
 def _write(

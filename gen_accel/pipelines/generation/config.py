@@ -15,6 +15,7 @@ from gen_accel.io import plain, read_fields, read_text
 from gen_accel.memory import check_room
 from gen_accel.parsing import shown
 from gen_accel.paths import (
+    BUNDLED_PRESETS,
     CHUNKS,
     adapter_named,
     check_files,
@@ -56,7 +57,6 @@ else:
 
 LONGEST = 3600.0  # seconds of a clip
 TIMED = re.compile(r"\s*(\d+)\s*:\s*(.+)", re.DOTALL)  # a prompt of a stream, from a frame on
-BUNDLED = Path(__file__).parents[2] / "presets"
 KERNELS = ("auto", *registry.KERNELS)
 SCHEDULE = {  # fields, and what `Schedule` calls them
     **{name: name for name in ("dense_start", "dense_end", "dense_steps", "dense_layers")},
@@ -75,7 +75,11 @@ def with_profile(preset: str | Path) -> list[Path]:
 
 def preset_files(name: str) -> list[Path]:
     """Return the file of a preset, or all that a name stands for, of one model each."""
-    return sorted(BUNDLED.glob(f"*-{name}.json")) if name in registry.PRESETS else [Path(name)]
+    return (
+        sorted(BUNDLED_PRESETS.glob(f"*-{name}.json"))
+        if name in registry.PRESETS
+        else [Path(name)]
+    )
 
 
 class Videos(Config):

@@ -214,14 +214,6 @@ def missing_files(repository: str, needed: Collection[str] | None = None) -> dic
     return missing
 
 
-def bytes_to_fetch(model: str, needed: Collection[str] | None = None) -> int | None:
-    """Return the bytes that a run of a model on the hub fetches first; None if that is unknown,
-    as without a network."""
-    with suppress(OSError):
-        return sum(missing_files(model, needed).values())
-    return None
-
-
 def fetch(repository: str, needed: Collection[str] | None = None) -> None:
     """Fetch what the cache lacks of a pipeline, under a bar of megabytes that moves with each
     file. Without a network nothing is fetched: loading says what is not there.

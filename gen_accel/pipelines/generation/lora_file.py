@@ -165,7 +165,13 @@ def check_options(about: Mapping[str, Any], tensors: Mapping[str, Tensor], origi
     ranks, targets = about.get("rank_pattern", {}), about["target_modules"]
     patterns = [*ranks, *about.get("alpha_pattern", {})]
     for one in [*patterns, targets] if isinstance(targets, str) else patterns:
-        _check_pattern(one, what)
+        try:
+            re.compile(one)
+        except re.error as error:
+            raise ValueError(f"{shown(one)} in {what} is no pattern: {error}") from None
+        repeats = len(REPEAT.findall(one))
+        if REPEATED.search(one) or repeats > MOST_REPEATS or len(one) > MOST_LONG:
+            raise ValueError(f"{shown(one)} in {what} may take for ever to match: name the layers")
     for key, x in tensors.items():
         layer, found, _ = key.rpartition(".lora_A.weight")
         own_ranks = (n for one, n in ranks.items() if re.match(rf"(.*\.)?({one})$", layer))
@@ -176,16 +182,6 @@ def check_options(about: Mapping[str, Any], tensors: Mapping[str, Tensor], origi
         layers = {key.partition(".lora_")[0] for key in tensors}
         if about.get(option) and (lacking := [x for x in layers if f"{x}.{end}" not in tensors]):
             raise ValueError(f"{what} sets {option}, and there is no {end} of {named(lacking)}")
-
-
-def _check_pattern(text: str, what: str) -> None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{shown(text)} in {what} is no pattern: {error}") from None
-    repeats = len(REPEAT.findall(text))
-    if REPEATED.search(text) or repeats > MOST_REPEATS or len(text) > MOST_LONG:
-        raise ValueError(f"{shown(text)} in {what} may take for ever to match: name the layers")
 
 
 class Whole(NamedTuple):

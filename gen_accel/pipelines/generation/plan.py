@@ -59,7 +59,7 @@ from gen_accel.pipelines.generation.inputs import (
     open_image_prompt,
     own_arguments,
 )
-from gen_accel.pipelines.generation.loading import bytes_to_fetch, find_device, needed_parts
+from gen_accel.pipelines.generation.loading import find_device, missing_files, needed_parts
 from gen_accel.pipelines.generation.lora_words import names_of
 from gen_accel.pipelines.generation.model_index import (
     asked_run,
@@ -726,11 +726,6 @@ def forecast_generate(
         )
     subject = subject_of(model)
     kind = pipeline_class(index_of(config.model)["_class_name"])
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(kind.__call__).parameters.items()
-        if isinstance(parameter.default, int | float)
-    }
     begins = None
     if plan.files is not None and plan.files.video is None:
         begins = plan.files.source.height, plan.files.source.width
@@ -744,8 +739,10 @@ def forecast_generate(
         )
         steps = steps if found is None else found.method.steps
     assert method is not None, "planned"
-    scale = config.guidance_scale
-    scale = known.get("guidance_scale") if scale is None else scale
+    scale, call = config.guidance_scale, inspect.signature(kind.__call__).parameters
+    if scale is None and "guidance_scale" in call:
+        own = call["guidance_scale"].default
+        scale = own if isinstance(own, int | float) else None
     found = forecast(
         model,
         method,
@@ -761,7 +758,9 @@ def forecast_generate(
         steps=steps,
         text=config.max_tokens,
     )
-    is_here = folder_of(config.model).exists()
     needed = needed_parts(kind.__name__, config.kinds) if is_of_blocks(kind) else None
-    to_fetch = None if is_here else bytes_to_fetch(location_of(config.model), needed)
+    to_fetch = None
+    if not folder_of(config.model).exists():
+        with suppress(OSError):  # unknown without a network
+            to_fetch = sum(missing_files(location_of(config.model), needed).values())
     return replace(found, fps=frame_rate_of(config.model, config.fps), to_fetch=to_fetch)

@@ -21,7 +21,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -253,21 +253,6 @@ class Streamer:
         assert self._attention is not None, "at work"
         return self._attention
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Have the attention and the scheduler of chunks on the model."""
-        own = self.pipe.scheduler
-        attention = self._given or ChunkedAttention(self.transformer, self.settings.zones)
-        attention.fps = self._fps
-        self._attention, self.pipe.scheduler = attention, self._steps.scheduler(own)
-        try:
-            yield
-        finally:
-            self.pipe.scheduler = own
-            attention.forget()
-            if self._given is None:
-                attention.remove()
-
     @torch.no_grad()
     def make(self, chunk: int) -> Tensor:
         """Denoise the next chunk, put it into the cache and return its latents, float32 (1, C, f,
@@ -364,7 +349,11 @@ class Streamer:
             earlier: latents of the first chunks, which are not made again.
             kept: called with each chunk that is made.
         """
-        with self._at_work():
+        own = self.pipe.scheduler
+        attention = self._given or ChunkedAttention(self.transformer, self.settings.zones)
+        attention.fps = self._fps
+        self._attention, self.pipe.scheduler = attention, self._steps.scheduler(own)
+        try:
             for chunk in range(self.lengths.chunks):
                 if chunk < len(earlier):
                     x = earlier[chunk].to(self.pipe._execution_device, torch.float32)
@@ -374,6 +363,11 @@ class Streamer:
                     if kept is not None:
                         kept(chunk, x)
                 yield x
+        finally:
+            self.pipe.scheduler = own
+            attention.forget()
+            if self._given is None:
+                attention.remove()
 
     def frames(
         self, earlier: Sequence[Tensor] = (), kept: Kept | None = None

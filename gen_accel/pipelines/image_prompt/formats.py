@@ -293,23 +293,15 @@ def write_adapter(
     adapter: ImageAdapter,
     metadata: Mapping[str, object] | None = None,
     *,
-    lora: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a file, or a folder with the file and its metadata as JSON.
-
-    The file or folder appears only when it is complete.
+    """Write a file, or a folder with the file and its metadata as JSON, and return the file. It
+    appears only when it is complete.
 
     Args:
         folder_or_path: a file if it ends in .safetensors, else a folder.
         metadata: additions to the adapter's own; `base_of(transformer)` if that has no blocks.
-        lora: LoRA of a FaceID adapter, in the form of `AdapterFile`.
-        dtype: dtype of the file; None keeps each parameter's own.
         beside: files to write into a folder as well, by name.
-
-    Returns:
-        The file.
     """
     path = expanded(folder_or_path)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
@@ -318,7 +310,6 @@ def write_adapter(
     for number, layer in adapter.layers.items():
         for key, x in layer.state_dict().items():
             held[f"ip_adapter.{number}.{_TO_KV.sub(_IP, key)}"] = x
-    held |= {f"ip_adapter.{k}": x for k, x in (lora or {}).items()}
     if adapter.start is not None:
         held |= {f"start.{k}": x for k, x in adapter.start.state_dict().items()}
     known = {
@@ -329,7 +320,7 @@ def write_adapter(
         "version": VERSION,
     }
     text = {"format": "pt", KEY: json.dumps(known)}
-    tensors = {k: x.detach().to("cpu", dtype).clone().contiguous() for k, x in held.items()}
+    tensors = {k: x.detach().cpu().clone() for k, x in held.items()}
     if path.suffix == ".safetensors":
         with replacing(path) as partial:
             save_tensors(tensors, partial, text)

@@ -286,7 +286,13 @@ class ImagePrompt:
     ) -> None:
         """Fill the branches of all attentions before a forward pass."""
         scales, given = self._scales[part.name], by_name(part.names, args, kwargs)
-        if self._paused or self._is_silent(scales):
+        unset = self._images is None and self._rows is None
+        if unset and not self._paused and not scales.silent:
+            raise ValueError(
+                f"no image is set for the {self.adapter.variant} adapter {self.name!r}: call "
+                "set_image or set_embeds, set_scale(0.0), or remove()"
+            )
+        if self._paused or unset:
             part.fill()
             return
         if scales.needs_step:
@@ -329,17 +335,6 @@ class ImagePrompt:
                 for place, strength in enumerate(strengths)
             ]
         )
-
-    def _is_silent(self, scales: Scales) -> bool:
-        """Whether no images are set; ValueError if the scales need some."""
-        if self._images is not None or self._rows is not None:
-            return False
-        if not scales.silent:
-            raise ValueError(
-                f"no image is set for the {self.adapter.variant} adapter {self.name!r}: call "
-                "set_image or set_embeds, set_scale(0.0), or remove()"
-            )
-        return True
 
     def _strengths(
         self, part: AdapterTarget, scales: Scales, model: "ModelMixin", given: Given

@@ -100,8 +100,16 @@ def extend(
     """
     techniques = _techniques(technique, options)
     target = _target(pipe_or_transformer, num_frames, trained_frames)
-    if not any(isinstance(technique, Continuation) for technique in techniques):
-        _check_positions(target)
+    goes_on = any(isinstance(technique, Continuation) for technique in techniques)
+    for name, transformer in target.transformers.items():
+        longest = target.families[name].longest(transformer)
+        if longest is not None and target.frames > longest and not goes_on:
+            most = target.pixel_frames(longest)
+            asked = target.pixel_frames(target.frames)
+            raise ValueError(
+                f"num_frames must be at most {most}, as far as the position table of {name} goes, "
+                f"got {asked}; continuation goes further"
+            )
     return Extension(techniques, target)
 
 
@@ -248,10 +256,17 @@ def known_trained_frames(transformer: Model) -> int:
     Raises ValueError if the length is unknown, the file is malformed, or no family serves the
     class.
     """
-    said = _said_by_folder(transformer)
-    if said is not None:
-        return said
-    known = family_of(transformer).sizes_of(transformer.config).frames
+    loaded, known = transformer.config.get("_name_or_path"), None
+    file = expanded(loaded or ".").resolve().parent / CONFIG  # beside the transformer's folder
+    if loaded and file.is_file():
+        said = read_json(file)
+        known = said.get("trained_frames") if isinstance(said, dict) else said
+        if known is not None and (type(known) is not int or known < 1):
+            raise ValueError(
+                f"{file} must hold trained_frames as a whole number from 1 on, got {shown(known)}"
+            )
+    if known is None:
+        known = family_of(transformer).sizes_of(transformer.config).frames
     if known is None:
         raise ValueError(f"trained_frames must be given for {type(transformer).__name__}")
     return known
@@ -338,23 +353,6 @@ class Extension:
             )
 
 
-def _said_by_folder(transformer: Model) -> int | None:
-    """Read `trained_frames` of the file beside the transformer's folder; None without one."""
-    loaded = transformer.config.get("_name_or_path")
-    file = expanded(loaded or ".").resolve().parent / CONFIG
-    if not loaded or not file.is_file():
-        return None
-    said = read_json(file)
-    known = said.get("trained_frames") if isinstance(said, dict) else said
-    if known is None:
-        return None
-    if isinstance(known, bool) or not isinstance(known, int) or known < 1:
-        raise ValueError(
-            f"{file} must hold trained_frames as a whole number from 1 on, got {shown(known)}"
-        )
-    return known
-
-
 def _techniques(
     given: str | Technique | Sequence[str | Technique], options: dict[str, object]
 ) -> tuple[Technique, ...]:
@@ -439,15 +437,3 @@ def _target(
         factor,
         patch,
     )
-
-
-def _check_positions(target: Target) -> None:
-    for name, transformer in target.transformers.items():
-        longest = target.families[name].longest(transformer)
-        if longest is not None and target.frames > longest:
-            most = target.pixel_frames(longest)
-            asked = target.pixel_frames(target.frames)
-            raise ValueError(
-                f"num_frames must be at most {most}, as far as the position table of {name} goes, "
-                f"got {asked}; continuation goes further"
-            )

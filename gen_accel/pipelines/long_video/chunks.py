@@ -108,7 +108,9 @@ class History:
         parts = [*self._middle, *self._sink, *window]
         logs = None
         if any(part.logs is not None for part in parts):
-            logs = torch.cat([_logs(part) for part in parts])
+            once = (x.keys.new_zeros(x.keys.shape[2], dtype=torch.float32) for x in parts)
+            pairs = zip(parts, once, strict=True)
+            logs = torch.cat([zeros if x.logs is None else x.logs for x, zeros in pairs])
         keys = torch.cat([part.keys for part in parts], 2)
         return Seen(keys, torch.cat([part.values for part in parts], 2), logs)
 
@@ -117,12 +119,6 @@ class History:
         """Count of the numbers that it keeps."""
         parts = [*self._window, *self._sink, *self._middle]
         return sum(part.keys.numel() + part.values.numel() for part in parts)
-
-
-def _logs(part: Seen) -> Tensor:
-    if part.logs is not None:
-        return part.logs
-    return part.keys.new_zeros(part.keys.shape[2], dtype=torch.float32)
 
 
 def _pooled(chunk: Seen, video: VideoShape, middle: Middle) -> Seen:

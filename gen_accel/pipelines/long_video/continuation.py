@@ -19,7 +19,7 @@ Colours are matched by the mean and deviation of each latent channel (AdaIN, Hua
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -114,7 +114,10 @@ class Continuation:
         frames = latent_frames("num_frames", arguments["num_frames"], factor)
         if frames <= chunk:
             return pipe(**arguments)
-        check_flow(pipe.scheduler)
+        kind = type(pipe.scheduler).__name__
+        flow = pipe.scheduler.config.get("prediction_type") == "flow_prediction"
+        if not (flow or "FlowMatch" in kind):
+            raise ValueError(f"continuation needs a flow matching scheduler, got {kind}")
         chunk_frames = (chunk - 1) * factor + 1
         first = arguments.get("latents")
         if first is not None and first.shape[2] != chunk:
@@ -244,15 +247,6 @@ def matched(latents: Tensor, reference: Tensor, strength: float = 1.0) -> Tensor
     tiny = torch.finfo(latents.dtype).tiny
     full = (latents - mean) / std.clamp_min(tiny) * to_std + to_mean
     return torch.lerp(latents, full, strength)
-
-
-def check_flow(scheduler: Any) -> None:
-    """Refuse, by a ValueError, a scheduler whose sigmas are not flow-matching noise levels."""
-    flow = scheduler.config.get("prediction_type") == "flow_prediction"
-    if not (flow or "FlowMatch" in type(scheduler).__name__):
-        raise ValueError(
-            f"continuation needs a flow matching scheduler, got {type(scheduler).__name__}"
-        )
 
 
 @torch.no_grad()

@@ -42,7 +42,11 @@ class TemporalRule:
         if frequencies is None:
             return
         for name, transformer in transformers.items():
-            check_eager(name, transformer)
+            compiled = getattr(transformer, "_compiled_call_impl", None) is not None
+            if compiled or hasattr(transformer, "_orig_mod"):  # compiled blocks notice a new hook
+                raise ValueError(
+                    f"{name} is compiled already; load it again, extend, and compile then"
+                )
             if any(isinstance(hook, _Hook) for hook in transformer._forward_pre_hooks.values()):
                 raise ValueError(f"{name} has a rule on its frequencies already: remove it first")
         hooks = [_Hook(module, frequencies, frames, trained) for module in transformers.values()]
@@ -62,18 +66,6 @@ class TemporalRule:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
-
-
-def check_eager(name: str, transformer: nn.Module) -> None:
-    """Refuse, by a ValueError, a compiled transformer, which would not notice a new hook.
-
-    A transformer with compiled blocks notices it.
-    """
-    if (
-        hasattr(transformer, "_orig_mod")
-        or getattr(transformer, "_compiled_call_impl", None) is not None
-    ):
-        raise ValueError(f"{name} is compiled already; load it again, extend, and compile then")
 
 
 class _Hook:

@@ -196,9 +196,6 @@ class PromptErrors(NamedTuple):
     latents: Tensor
     passes: Passes
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
-
 
 class AttentionSample(NamedTuple):
     """Inputs of one attention call, kept to time candidates on."""

@@ -45,7 +45,7 @@ from gen_accel.io import (
 )
 from gen_accel.method import Method
 from gen_accel.parsing import example, fits, shown, tuples, wrong_type
-from gen_accel.paths import check_output, expanded
+from gen_accel.paths import BUNDLED_PRESETS, check_output, expanded
 from gen_accel.registry import MOST_TOKENS, PRESETS, RULES
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -164,10 +164,6 @@ class Profile:
             levels=torch.arange(len(sigmas) - 1),
             weights=weights.float(),
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Tensors by name, for a file."""
-        return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], origin: str | Path) -> "Profile":
@@ -416,7 +412,7 @@ def write_preset(
         beside = path.with_suffix(".safetensors")
         metadata = {KIND: str(VERSION), "made_by": __version__, CANDIDATES: json.dumps(listed)}
         with replacing(beside) as partial:
-            save_tensors(profile.tensors(), partial, metadata)
+            save_tensors(vars(profile), partial, metadata)
         known: ProfileFile = {"file": beside.name, "sha256": file_sha256(beside)}
         preset = replace(preset, profile=known)
     write_json(path, preset.to_dict())
@@ -639,9 +635,6 @@ def preset_watch(
             )
 
     return watch
-
-
-BUNDLED_PRESETS = Path(__file__).parents[2] / "presets"
 
 
 class NotMeasured(UserWarning):

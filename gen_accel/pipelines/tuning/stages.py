@@ -222,29 +222,16 @@ def tune(
     )
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-    run = _Tuning(
+    return Tuning(
         pipe,
-        _split(prompts, held_out),
+        prompts,
+        held_out,
         PipelineCall(num_inference_steps, seed, call),
         options,
         candidates,
         None if out is None else expanded(out),
         tick or (lambda stage, done, total: None),
-    )
-    return run.go()
-
-
-def _split(
-    prompts: Sequence[str], held_out: Sequence[str] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if isinstance(prompts, str) or isinstance(held_out, str):
-        raise ValueError("prompts must be a list of them, got one text")
-    if held_out is None:
-        half = (len(prompts) + 1) // 2
-        prompts, held_out = prompts[:half], prompts[half:]
-    if not prompts or not all(isinstance(one, str) and one for one in (*prompts, *held_out)):
-        raise ValueError(f"prompts must be texts, one at least, got {shown(tuple(prompts))}")
-    return tuple(prompts), tuple(held_out)
+    ).go()
 
 
 def default_candidates(
@@ -302,7 +289,7 @@ def _checked(candidates: Sequence[Method], device: torch.device) -> tuple[Method
     return (*sparse, Dense())
 
 
-class _Tuning:
+class Tuning:
     """One run of `tune`.
 
     Attributes:
@@ -315,7 +302,8 @@ class _Tuning:
     def __init__(
         self,
         pipe: "DiffusionPipeline",
-        prompts: tuple[tuple[str, ...], tuple[str, ...]],
+        prompts: Sequence[str],
+        held_out: Sequence[str] | None,
         call: PipelineCall,
         options: "TuneOptions",
         candidates: Sequence[Method] | None,
@@ -324,7 +312,14 @@ class _Tuning:
     ) -> None:
         self.pipe, self.call, self.options, self.bound = pipe, call, options, options.bound
         self.solved_for = SolveOptions(options.cost, options.scale, options.by)
-        self.prompts, self.count = [*prompts[0], *prompts[1]], len(prompts[0])
+        if isinstance(prompts, str) or isinstance(held_out, str):
+            raise ValueError("prompts must be a list of them, got one text")
+        if held_out is None:
+            half = (len(prompts) + 1) // 2
+            prompts, held_out = prompts[:half], prompts[half:]
+        self.prompts, self.count = [*prompts, *held_out], len(prompts)
+        if not prompts or not all(isinstance(one, str) and one for one in self.prompts):
+            raise ValueError(f"prompts must be texts, one at least, got {shown(tuple(prompts))}")
         self.out, self.kernel, self.tick = out, options.kernel, tick
         self.began = time.monotonic()
         self.until = self.began + 60 * (options.minutes or math.inf)
@@ -498,7 +493,8 @@ class _Tuning:
                 kernel=self.kernel,
             )
             if f"prompt{i}.errors" not in held:
-                state.put(seen.tensors(), f"prompt{i}.")
+                found = {n: x for n, x in seen._asdict().items() if isinstance(x, Tensor)}
+                state.put(found, f"prompt{i}.")
             self.tick("profile", i + 1, self.count)
             if "seconds.shares" not in held:
                 self.tick("seconds", 0, 1)

@@ -16,14 +16,10 @@ from gen_accel.pipelines.generation.progress import Progress, Tick, ticker
 from gen_accel.pipelines.generation.sampling import arguments, check_clip, filled
 from gen_accel.pipelines.long_video import apply_recipe
 from gen_accel.pipelines.tuning.config import TuneConfig
-from gen_accel.pipelines.tuning.stages import tune
+from gen_accel.pipelines.tuning.measuring import PipelineCall
+from gen_accel.pipelines.tuning.stages import Tuning
 from gen_accel.pipelines.tuning.tuned import Tuned
 from gen_accel.process import unwinding
-
-OPTIONS = (
-    *("worst", "objective", "cost", "scale", "by", "rows", "weighed_steps", "minutes"),
-    "kernel",
-)
 
 
 def tune_model(config: TuneConfig) -> Tuned:
@@ -76,18 +72,10 @@ def tune_model(config: TuneConfig) -> Tuned:
             transformer = first_transformer(pipe)
             check_base(recipe, transformer)
             stack.enter_context(apply_recipe(recipe, transformer, pipe))
-        return tune(
-            pipe,
-            prompts,
-            held_out=held_out,
-            num_inference_steps=run["steps"],
-            seed=config.seed,
-            quality=config.quality,
-            out=expanded(config.out),
-            tick=tick,
-            **{name: getattr(config, name) for name in OPTIONS},
-            **call,
-        )
+        passed = PipelineCall(run["steps"], config.seed, call)
+        return Tuning(
+            pipe, prompts, held_out, passed, config, None, expanded(config.out), tick
+        ).go()
 
 
 def _recipe(from_lora: str | Path) -> Recipe:

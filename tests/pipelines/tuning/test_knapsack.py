@@ -182,7 +182,7 @@ def test_weights_between_levels_follow_the_length_of_the_step():
     known = profile(S=8)
     some = Profile(
         **{
-            **known.tensors(),
+            **vars(known),
             "levels": torch.tensor([0, 7]),
             "weights": known.weights[:, [0, 7]],
         }
@@ -214,7 +214,7 @@ def test_levels_hold_both_ends(steps, most):
 
 @pytest.mark.parametrize("name", ["weights", "seconds", "sigmas", "squares"])
 def test_tensors_of_other_shapes_are_refused(name):
-    tensors = profile().tensors()
+    tensors = {**vars(profile())}
     tensors[name] = tensors[name][..., :-1]
     with pytest.raises(ValueError, match=f"the profile in here cannot be read: {name}"):
         Profile.of(tensors, "here")

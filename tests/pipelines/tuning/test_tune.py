@@ -409,7 +409,7 @@ def test_what_was_measured_for_profiles_is_kept_until_the_end(tmp_path, monkeypa
         ({"scale": "median"}, "scale must be one of"),
         ({"by": ("frames",)}, "by must be"),
         ({"rows": 0}, "rows must be at least 1"),
-        ({"out": "preset.yaml"}, r"called \*\.json"),
+        ({"out": "preset.yaml"}, r"must end in \.json"),
         ({"candidates": (Dense(),)}, "must hold a sparse method"),
         ({"candidates": (FEW[0], FEW[0])}, "must differ"),
         ({"candidates": (Reuse(FEW[0]),)}, "cannot be a candidate"),
