@@ -75,11 +75,8 @@ def with_profile(preset: str | Path) -> list[Path]:
 
 def preset_files(name: str) -> list[Path]:
     """Return the file of a preset, or all that a name stands for, of one model each."""
-    return (
-        sorted(BUNDLED_PRESETS.glob(f"*-{name}.json"))
-        if name in registry.PRESETS
-        else [Path(name)]
-    )
+    own = BUNDLED_PRESETS.glob(f"*-{name}.json")
+    return sorted(own) if name in registry.PRESETS else [Path(name)]
 
 
 class Videos(Config):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias, get_origin
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.attention_processors.families.base import PipelineInputs
@@ -373,7 +373,6 @@ class _Fitted:
         video: its frames, as far as they are needed; None for a reference.
         changed: sizes of the clip.
         share: of the steps, by which a video is remade.
-        told: lines about what was changed to fit.
     """
 
     def __init__(self, pipe: "DiffusionPipeline", clip: Clip, given: OpenedFiles) -> None:
@@ -517,12 +516,7 @@ def covered(image: Image.Image, size: Size | None) -> Image.Image:
     """Scale a picture to cover a size, and crop it from its centre; None keeps it."""
     if size is None or image.size == size[::-1]:
         return image
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    rows, columns = min(height / scale, image.height), min(width / scale, image.width)
-    top, left = (image.height - rows) / 2, (image.width - columns) / 2
-    box = (left, top, left + columns, top + rows)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
 
 
 def _lost(source: OpenedVideo, size: Size | None) -> list[str]:

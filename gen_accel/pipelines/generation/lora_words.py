@@ -32,10 +32,8 @@ class Contents:
 
     Args:
         ranks: of the layers with two matrices, and how many have each.
-        whole: differences of whole weights and biases.
         gates, branches: layers with a gate of VSA, or a linear branch of SLA.
         factored: layers of a LoHa or LoKr.
-        others: tensors of no known kind.
     """
 
     ranks: dict[int, int] = field(default_factory=dict)

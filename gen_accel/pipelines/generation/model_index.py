@@ -311,7 +311,6 @@ def usual_run(model: str | Path, picture: tuple[int, int] | None = None) -> dict
     rule for a picture of 16:9.
 
     Args:
-        model: as `subject_of` takes it, by name or folder.
         picture: height and width of one that a video begins with, which such a rule is asked for.
 
     Raises as `index_of`, for a model that is not known by name, and with a picture for all.

@@ -94,7 +94,6 @@ class Video(NamedTuple):
     """One video of a plan.
 
     Args:
-        target: output file or folder.
         latents: file for its latents; None keeps none.
         texts: all prompts of a stream, as they were given.
     """

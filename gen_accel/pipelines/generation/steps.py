@@ -80,11 +80,7 @@ class Expected:
         return ((self.steps or STEPS) * self.dense, self.weights[1], *self.weights)
 
     def words(self, seconds: Range | None, videos: int = 1) -> str:
-        """Say what begins: "denoising 0/50, 131,040 tokens, about 28-31 h on this machine".
-
-        Args:
-            seconds: of one video, which may be made twice.
-        """
+        """Say what begins: "denoising 0/50, 131,040 tokens, about 28-31 h on this machine"."""
         told = [f"denoising 0/{self.steps}" if self.steps else "denoising"]
         told += [f"{self.tokens:,} tokens"] if self.tokens else []
         if seconds is not None:

@@ -68,7 +68,6 @@ class StreamSettings:
     """How a model makes a video chunk by chunk.
 
     Args:
-        zones: what a chunk sees of earlier ones.
         noise: noise level of the chunks that are seen.
         shift: of the noise levels; None: the scheduler's.
     """
@@ -164,7 +163,6 @@ class Streamer:
     earlier chunks and its scheduler counts the steps of one.
 
     Args:
-        pipe: with its LoRA, and a method attached or none.
         clip: a result of `filled`; its frames are not read.
         settings: see `StreamSettings.of_pipe`.
         attention: that is on the model already, with these zones, and stays there; None: none is.

@@ -201,7 +201,6 @@ class RowTerms:
     Args:
         layout: sides of the rows, each with its number of rows.
         x: an input of the model, for device and dtype.
-        sides: image tokens of each side.
     """
 
     def __init__(
@@ -280,7 +279,6 @@ class AdapterTarget:
     Attributes:
         attentions: number of attentions that an image prompt could act in.
         unet: the model attends over several grids, each smaller than the one before.
-        moving: the model makes videos.
         apart: each frame is a row of its own in the attentions.
         factor: pixel frames in a latent frame; None for a model of images, or if only the pipeline
             knows the number.

@@ -136,7 +136,6 @@ class AdapterFile:
             their biases and registers.
         start: state dict of the projector before training, if the adapter needs it.
         lora: {n}.to_{q,k,v,out}_lora.{down,up}.weight of a FaceID adapter.
-        origin: the file, for messages.
     """
 
     variant: str

@@ -42,7 +42,6 @@ def layout_of(
 
     Args:
         pipe: gives the pipeline that the image prompt was loaded on, or None.
-        calls: names of the model's calls.
         how: how the model's pipelines run the negative prompt.
         each: there is an image for each row.
 

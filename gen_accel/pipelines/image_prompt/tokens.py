@@ -4,7 +4,7 @@ I images, G groups of them, T tokens of a group, C width of a token, H heads, D 
 head, B rows of a batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gen_accel.attention_processors.families import ImageAttention
 from gen_accel.attention_processors.image_prompt import ImageAdapter, own_norm, own_projection
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
 
 # (I, E) or (I, sequence, E), I images, or several of them by name
 Features = Tensor | Mapping[str, Tensor]
-
-
-def mapped(function: Callable[..., Tensor], features: Features, *more: Features) -> Features:
-    parts = [_named(one) for one in (features, *more)]
-    found = {name: function(*(part[name] for part in parts)) for name in parts[0]}
-    return found if isinstance(features, Mapping) else found[""]
 
 
 def count(features: Features) -> int:
@@ -204,7 +199,7 @@ class ImageTokens:
         features = rows.features
         if rows.keep is not None:
             null = self.adapter.projector.null(features)
-            features = mapped(partial(_where_kept, rows.keep), features, null)
+            features = tree_map(partial(_where_kept, rows.keep), features, null)
         return Side(*self._project(features))
 
     def _negative(self, images: Images) -> Features:
@@ -222,7 +217,7 @@ class ImageTokens:
         """Compute tokens, (I, T, C), by the projector and by the projector before training."""
         weight = next(self.adapter.projector.parameters(), None)
         if weight is not None:
-            features = mapped(partial(_placed, weight), features)
+            features = tree_map(partial(_placed, weight), features)
         projector = self.adapter.projector
         try:
             tokens = projector(features)

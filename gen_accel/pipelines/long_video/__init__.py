@@ -123,9 +123,6 @@ def apply_rule(transformer: nn.Module, rule: str, *, frames: int, trained: int) 
         trained: length that the base model was trained at, in the same unit. Grids up to this
             length keep the model's own frequencies.
 
-    Returns:
-        A handle; take the rule off by `remove()`, or by leaving its `with`.
-
     Raises:
         ValueError: what `check_rule` refuses, lengths below 1, or a model that has a rule already.
     """

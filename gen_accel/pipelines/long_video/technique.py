@@ -118,7 +118,6 @@ class Remembered:
     Dynamic plans are adjusted at each call.
 
     Args:
-        adjusted: takes a plan, its grid and the step.
         by_step: whether the result depends on the step. The result of the last step is kept.
     """
 

@@ -21,6 +21,7 @@ from typing import (
 )
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -194,14 +195,8 @@ def interpolated(places: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
     """Interpolate (R, J) values linearly between their places, (J,), constant beyond both ends:
     (R, W) for the wanted places, (W,)."""
     order = places.argsort()
-    places, values = places[order].contiguous(), values[:, order]
-    if len(places) == 1:
-        return values.expand(-1, len(wanted)).clone()
-    right = torch.searchsorted(places, wanted.contiguous()).clamp(1, len(places) - 1)
-    left = right - 1
-    span = (places[right] - places[left]).clamp_min(1e-12)
-    share = ((wanted - places[left]) / span).clamp(0, 1)
-    return values[:, left] * (1 - share) + values[:, right] * share
+    known, at = places[order].numpy(), wanted.numpy()
+    return torch.from_numpy(np.stack([np.interp(at, known, x) for x in values[:, order].numpy()]))
 
 
 def levels_of(steps: int, most: int) -> list[int]:
@@ -388,10 +383,8 @@ def write_preset(
     candidates: Sequence[Method] = (),
 ) -> Preset:
     """Write a preset, its profile first, so that no preset names a profile that is not there. What
-    the methods of rules and candidates were measured by lies beside it, each once.
-
-    Returns:
-        The preset as it was written, with the hash of the profile.
+    the methods of rules and candidates were measured by lies beside it, each once. Returns the
+    preset as it was written, with the hash of the profile.
     """
     path = expanded(path)
     check_output(path, ".json")

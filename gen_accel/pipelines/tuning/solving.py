@@ -46,11 +46,8 @@ def choose(errors: Tensor, costs: Tensor, lam: float) -> Solution:
 
 
 def within(errors: Tensor, costs: Tensor, bound: float, rounds: int = 60) -> Solution | None:
-    """Choose the cheapest of the frontier whose summed error is at most `bound`.
-
-    Returns:
-        None where even the least error of each unit exceeds it.
-    """
+    """Choose the cheapest of the frontier whose summed error is at most `bound`; None if even the
+    least error of each unit exceeds it."""
     least = choose(errors, costs, 0.0)
     if least.error > bound:
         return None

@@ -424,10 +424,7 @@ class Tuning:
 
     def _scout(self, tiles: bool) -> tuple[VideoShape, Tile]:
         """Find the grid by the first forward pass, and boxes of `Piecewise` by a step a fifth of
-        the way, densely.
-
-        Args:
-            tiles: look for the boxes.
+        the way, densely, if `tiles` are wanted.
         """
         probe = Piecewise(0.2)
         errors, grids = TileErrors(probe.tile_tokens), []
