@@ -296,8 +296,8 @@ def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:
     """Print what each technique does, which of them a model takes at a length, and which go
     together; what cannot be chosen with the reason."""
     from gen_accel.pipelines.long_video import (
-        effects,
         excluded,
+        extend,
         known_trained_frames,
         refusals,
         summary_of,
@@ -316,7 +316,9 @@ def _show_techniques(config: ShowConfig, chosen: tuple[str, ...]) -> None:
         frames = config.frames or trained
         refused = refusals(pipe, chosen, num_frames=frames, trained_frames=trained)
         if chosen:
-            does = effects(pipe, chosen, num_frames=frames, trained_frames=trained)
+            longer = extend(pipe, chosen, num_frames=frames, trained_frames=trained)
+            does = longer.effects
+            longer.remove()
         about = {"model": config.model, "frames": frames, "trained_frames": trained}
     taken = {registry.split_technique(one)[0] for one in chosen}
     found = [

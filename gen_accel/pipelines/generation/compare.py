@@ -168,9 +168,8 @@ def compare_with_dense(
     cache: str | None = None,
     **options: "Unpack[AttachOptions]",
 ) -> Comparison:
-    """Generate densely, then with `method`, in one process and from one seed.
-
-    Both run once on a short clip first.
+    """Generate densely, then with `method`, in one process and from one seed, each after a run on
+    a short clip.
 
     Args:
         clip: a result of `sampling.filled`.

@@ -7,10 +7,9 @@ offloads no models. `called` makes a class of one that does all this as a `Diffu
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any, cast
 
 import diffusers
@@ -24,21 +23,6 @@ SCALE = "guidance_scale"  # of the pipeline's guider, which is no input of its b
 # Arguments of each call besides the inputs of blocks.
 OWN = ("output_type", "callback_on_step_end")
 StepEnd = Callable[[Any, int, Any, dict[str, Tensor]], object]
-
-
-@dataclass(frozen=True)
-class Made:
-    """Result of a call.
-
-    Args:
-        frames: (1, F, H, W, 3) in [0, 1]; latents for `output_type="latent"`.
-        audio: (1, channels, N) in [-1, 1]; None for a model without sound.
-        sampling_rate: samples a second; None if the blocks do not say.
-    """
-
-    frames: Any
-    audio: Tensor | None = None
-    sampling_rate: int | None = None
 
 
 class CalledBlocks:
@@ -83,8 +67,12 @@ class CalledBlocks:
         output_type: str = "np",
         callback_on_step_end: StepEnd | None = None,
         **given: Any,
-    ) -> Made:
-        """Run the blocks; those of `decode` are left out for `output_type="latent"`."""
+    ) -> SimpleNamespace:
+        """Run the blocks; those of `decode` are left out for `output_type="latent"`.
+
+        Returns `frames`, (1, F, H, W, 3) in [0, 1] or latents, `audio`, (1, channels, N) in [-1,
+        1], and `sampling_rate`, samples a second; None for what the blocks do not make.
+        """
         scale, blocks = given.pop(SCALE, None), self._blocks
         with ExitStack() as stack:
             if scale is not None:
@@ -99,8 +87,9 @@ class CalledBlocks:
                 stack.enter_context(_reporting(self, callback_on_step_end))
             state = cast(Any, super()).__call__(**given)
         if output_type == "latent":
-            return Made(state.get("latents"))
-        return Made(state.get("videos"), state.get("audio"), state.get("sampling_rate"))
+            return SimpleNamespace(frames=state.get("latents"))
+        sound = {name: state.get(name) for name in ("audio", "sampling_rate")}
+        return SimpleNamespace(frames=state.get("videos"), **sound)
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # a `DiffusionPipeline` would write its config
@@ -119,7 +108,7 @@ def called(kind: type[ModularPipeline]) -> type[Any]:
     """
     made = type(kind.__name__, (CalledBlocks, kind, DiffusionPipeline), {})
 
-    def call(self: Any, **given: Any) -> Made:
+    def call(self: Any, **given: Any) -> SimpleNamespace:
         return CalledBlocks.__call__(self, **given)
 
     call.__signature__ = _signature(kind)  # pyright: ignore[reportFunctionMemberAccess]

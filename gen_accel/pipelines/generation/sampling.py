@@ -355,11 +355,7 @@ def sample(
 
 def sound_of(pipe: "DiffusionPipeline", made: Any) -> Sound | None:
     """Return the sound of what a call of a pipeline made; None for one without sound, or of which
-    nothing says its rate.
-
-    Raises:
-        ValueError: samples that are not finite.
-    """
+    nothing says its rate. ValueError for samples that are not finite."""
     audio = getattr(made, "audio", None)
     said = getattr(made, "sampling_rate", None), getattr(pipe, "audio_sample_rate", None)
     vocoder: Any = getattr(getattr(pipe, "vocoder", None), "config", {})

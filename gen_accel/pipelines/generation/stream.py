@@ -400,10 +400,8 @@ class StreamFolder:
     Args:
         path: of the folder.
         asked: what decides the chunks, as JSON holds it. Prompts are compared by chunk.
-        resume: go on with the chunks that are there; else they are removed.
-
-    Raises:
-        ValueError: nothing to go on with, or a stream of other settings.
+        resume: go on with the chunks that are there; else they are removed. ValueError for nothing
+            to go on with, or a stream of other settings.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool) -> None:

@@ -35,10 +35,8 @@ def layout_of(
     *,
     each: bool = False,
 ) -> Layout:
-    """Determine the layout of a call with `rows` rows, by the state of the pipeline that runs.
-
-    The running pipeline counts: several pipelines may share a model, and each keeps the state of
-    its own last run.
+    """Determine the layout of a call with `rows` rows, by the state of the pipeline that runs:
+    several may share a model, and each keeps the state of its own last run.
 
     Args:
         pipe: gives the pipeline that the image prompt was loaded on, or None.

@@ -129,8 +129,7 @@ class Scales:
             place: index of the attention in `names`.
             spans: result of `frame_spans`, if `needs_frames`.
 
-        Raises:
-            ValueError: frames beyond the video.
+        Raises ValueError for frames beyond the video.
         """
         if spans is None:
             return self._now[-1][1][place] if self._now else 0.0
@@ -274,8 +273,7 @@ class Masks:
             pictures of one channel.
         images: I.
 
-    Raises:
-        ValueError: masks of another shape, number or range.
+    Raises ValueError for masks of another shape, number or range.
     """
 
     def __init__(self, given: "Mask", images: int) -> None:
@@ -302,14 +300,9 @@ class Masks:
         return self.values.shape[1] > 1
 
     def fit(self, grid: VideoShape, spans: Sequence[tuple[int, int]] | None) -> Tensor:
-        """Resample the masks to a grid of tokens, (I, N) float32.
-
-        Rows and columns are resampled bicubically, as diffusers does for images; frames are
-        averaged.
-
-        Raises:
-            ValueError: masks for another number of frames.
-        """
+        """Resample the masks to a grid of tokens, (I, N) float32: bicubically over rows and
+        columns, as diffusers does for images, by the mean over frames. ValueError for masks for
+        another number of frames."""
         mask, frames = self.values, self.values.shape[1]
         if frames > 1:
             if spans is None and grid.frames > 1:

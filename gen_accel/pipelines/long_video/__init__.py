@@ -47,7 +47,6 @@ __all__ = [
     "apply_rule",
     "check_names",
     "check_rule",
-    "effects",
     "excluded",
     "extend",
     "known_trained_frames",
@@ -217,28 +216,6 @@ def excluded(chosen: Sequence[str | Technique] = ()) -> dict[str, str]:
     return found
 
 
-def effects(
-    pipe_or_transformer: "DiffusionPipeline | nn.Module",
-    chosen: Sequence[str | Technique],
-    *,
-    num_frames: int,
-    trained_frames: int | None = None,
-) -> dict[str, str]:
-    """Say of each chosen technique what it does to a video of a length, in a line; raises as
-    `extend` does.
-
-    Args:
-        num_frames, trained_frames: as for `extend`.
-    """
-    extension = extend(
-        pipe_or_transformer, chosen, num_frames=num_frames, trained_frames=trained_frames
-    )
-    try:
-        return {one.name: one.describe(extension.target) for one in extension.techniques}
-    finally:
-        extension.remove()
-
-
 def summary_of(name: str) -> str:
     """The first line of what a technique's class says of it."""
     return cleandoc(_class_of(name).__doc__ or "").split("\n")[0]
@@ -316,9 +293,14 @@ class Extension:
         """Number of times that the pipeline runs, one after the other, for the video asked for."""
         return max(getattr(one, "runs", lambda target: 1)(self.target) for one in self.techniques)
 
+    @property
+    def effects(self) -> dict[str, str]:
+        """Effect of each technique on the video asked for, in a line, by name."""
+        return {one.name: one.describe(self.target) for one in self.techniques}
+
     def describe(self) -> str:
         """Describe the effect of each technique on the video asked for, a line each."""
-        return "\n".join(f"{t.name}: {t.describe(self.target)}" for t in self.techniques)
+        return "\n".join(f"{name}: {said}" for name, said in self.effects.items())
 
     def remove(self) -> None:
         """Take all techniques off. Does nothing the second time."""

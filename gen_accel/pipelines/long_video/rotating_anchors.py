@@ -108,10 +108,7 @@ class RotatingAnchors:
 
 def _within(plan: Plan, allowed: Tensor) -> Plan:
     """Restrict a plan to the allowed blocks, (Kq, Kk) bool; a query with none sees its own block.
-
-    Raises:
-        ValueError: a plan with a rest, which would bring hidden blocks back pooled.
-    """
+    ValueError for a plan with a rest."""
     if plan.rest is not None:
         raise ValueError(
             "rotating_anchors hides frames, which a rest would bring back pooled: use rest=None "

@@ -1,7 +1,7 @@
 """Tuning: the sparsest attention of a model within a bound on quality, kept as a preset.
 
-`profile` and `measuring` say how far each candidate errs, layer by layer, head by head and step by
-step; `knapsack` and `solving` choose; `stages` runs it all; `preset` is the file.
+`measuring` says how far each candidate errs, layer by layer, head by head and step by step;
+`solving` chooses; `stages` runs it all; `preset` is the file.
 """
 
 from typing import TYPE_CHECKING

@@ -77,10 +77,8 @@ class State:
 
     Args:
         path: the file; None keeps nothing.
-        about: everything that the measurements depend on.
-
-    Raises:
-        ValueError: the file is of a tuning that differs in `about`, with what differs.
+        about: everything that the measurements depend on. ValueError for a file of a tuning that
+            differs in it, with what differs.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, object]) -> None:
@@ -270,11 +268,8 @@ def _fits(method: Method, video: VideoShape) -> bool:
 
 
 def _checked(candidates: Sequence[Method], device: torch.device) -> tuple[Method, ...]:
-    """Return candidates with `Dense()` as the last, and their options for the device.
-
-    Raises:
-        ValueError: none but `Dense()`, two that are equal, or one that no rule takes.
-    """
+    """Return candidates with `Dense()` as the last, and their options for the device. ValueError
+    for none but `Dense()`, two that are equal, or one that no rule takes."""
     for one in candidates:
         check_method(one)
         if one.defines("step_state") or one.changes_by:

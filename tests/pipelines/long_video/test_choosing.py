@@ -9,7 +9,6 @@ from gen_accel import demo
 from gen_accel.attention_processors.attached.clock import first_transformer
 from gen_accel.pipelines.generation.model_index import skeleton
 from gen_accel.pipelines.long_video import (
-    effects,
     excluded,
     extend,
     known_trained_frames,
@@ -66,7 +65,6 @@ def test_questions_leave_nothing_on_the_model(pipe):
     hooks = len(pipe.transformer._forward_pre_hooks)
     keys = [*vars(pipe)]
     refusals(pipe, ["window_noise"], **LONG)
-    effects(pipe, ["ultravico", "riflex"], **LONG)
     assert (len(pipe.transformer._forward_pre_hooks), [*vars(pipe)]) == (hooks, keys)
     kinds = {type(one).__name__ for one in pipe.transformer.attn_processors.values()}
     assert kinds == {"WanAttnProcessor"}
@@ -74,7 +72,9 @@ def test_questions_leave_nothing_on_the_model(pipe):
 
 def test_effects_are_what_an_extension_describes(pipe):
     chosen = ["riflex", "fresh_noise:shift=22"]
-    found = effects(pipe, chosen, **LONG)
+    extension = extend(pipe, chosen, **LONG)
+    extension.remove()
+    found = extension.effects
     assert [*found] == ["riflex", "fresh_noise"]
     assert found["riflex"].startswith("33 latent frames, trained at 9")
     assert found["fresh_noise"].endswith("shift 22")
@@ -109,7 +109,9 @@ def test_the_verb_says_the_same(run, pipe):
     refused = {n: one["refused"] for n, one in by_name.items() if one["refused"]}
     assert refused == refusals(pipe, chosen.split(","), **LONG)
     done = {n: one["effect"] for n, one in by_name.items() if one["effect"]}
-    assert done == effects(pipe, chosen.split(","), **LONG)
+    extension = extend(pipe, chosen.split(","), **LONG)
+    extension.remove()
+    assert done == extension.effects
     said = " ".join(run(*args).stdout.split())
     assert f"no: {refused['continuation']}" in said
     assert f"chosen: {done['riflex']}" in said
