@@ -1,6 +1,7 @@
 """Token grid of one video, the only geometry that the rest of the package sees; and its lengths
 and sizes in pixels, in latents and in tokens."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -143,6 +144,39 @@ def latent_frames(name: str, frames: int, factor: int | Coding, patch: int = 1) 
             f"{name} must be {first} or a multiple of {step} more, got {frames}; nearest: {near}"
         )
     return coding.latents_of(frames) // patch
+
+
+def grid_of(
+    sizes: Mapping[str, int],
+    coding: Coding,
+    spatial: int,
+    patch: tuple[int, int, int],
+    least: int = PIXELS,
+) -> VideoShape:
+    """Compute the grid of a video's tokens, without text. Patches of frames are filled up.
+
+    Args:
+        sizes: number of frames, height and width, by the names that the error gives them.
+        spatial: pixels a side in a latent.
+        least: divides height and width as well.
+
+    Raises ValueError for sizes that leave a rest, with the nearest that leave none.
+    """
+    (length, frames), *sides = sizes.items()
+    rules = [(length, frames, coding.frames, coding.first)]
+    for (name, size), p in zip(sides, patch[1:], strict=True):
+        step = math.lcm(least, spatial * p)
+        rules.append((name, size, step, step))
+    wrong = []
+    for name, size, step, first in rules:
+        if size < first or (size - first) % step:
+            rule = "a multiple" if first % step == 0 else f"{first} more than a multiple"
+            near = " or ".join(map(shown, nearest(size, step, first)))
+            wrong.append(f"{name} must be {rule} of {step}, got {shown(size)}; nearest: {near}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    rows, columns = (n // (spatial * p) for (_, n), p in zip(sides, patch[1:], strict=True))
+    return VideoShape(-(-coding.latents_of(frames) // patch[0]), rows, columns)
 
 
 def nearest(size: int, step: int, least: int) -> list[int]:

@@ -35,12 +35,11 @@ from gen_accel.attention_processors.families.pipelines import takes
 from gen_accel.attention_processors.families.weights import BYTES, held_names
 from gen_accel.hub import fetched, index_file, index_in
 from gen_accel.io import read_fields, read_index, typed
-from gen_accel.parsing import shown
 from gen_accel.paths import DEMO, expanded, model_named
 from gen_accel.published import PARTS
 from gen_accel.registry import needed_for
 from gen_accel.served import check_row, no_model, row_of
-from gen_accel.video import PIXELS, Coding, VideoShape, nearest, patch_of
+from gen_accel.video import PIXELS, Coding, VideoShape, grid_of, patch_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -138,32 +137,18 @@ class Subject:
     @property
     def multiples(self) -> tuple[int, int]:
         """Pixels that divide the height and the width of a clip."""
-        least = PIXELS if self.family.kind == "video" else 1
-        _, rows, columns = self.patch
-        return math.lcm(least, self.spatial * rows), math.lcm(least, self.spatial * columns)
+        rows, columns = (math.lcm(self._least, self.spatial * p) for p in self.patch[1:])
+        return rows, columns
+
+    @property
+    def _least(self) -> int:
+        return PIXELS if self.family.kind == "video" else 1
 
     def grid(self, height: int, width: int, num_frames: int) -> VideoShape:
         """The tokens of a video in pixels and frames; ValueError for sizes that cannot be made,
         with the nearest that can."""
-        sides, wrong = [], []
-        for name, size, step, p in zip(
-            ("height", "width"), (height, width), self.multiples, self.patch[1:], strict=True
-        ):
-            if size < step or size % step:
-                near = " or ".join(map(shown, nearest(size, step, step)))
-                got = f"{shown(size)}; nearest: {near}"
-                wrong.append(f"{name} must be a multiple of {step}, got {got}")
-            sides.append(size // (self.spatial * p))
-        step, _, first, _ = self._coding
-        if not self._coding.codes(num_frames):
-            near = " or ".join(map(shown, nearest(num_frames, step, first)))
-            rule = "a multiple" if first % step == 0 else f"{first} more than a multiple"
-            got = f"{shown(num_frames)}; nearest: {near}"
-            wrong.append(f"num_frames must be {rule} of {step}, got {got}")
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        latents = self._coding.latents_of(num_frames)
-        return VideoShape(-(-latents // self.patch[0]), *sides)  # pipelines fill patches up
+        sizes = {"num_frames": num_frames, "height": height, "width": width}
+        return grid_of(sizes, self._coding, self.spatial, self.patch, self._least)
 
     def frames(self, tokens: int) -> int:
         """Number of pixel frames in `tokens` frames of tokens, of whole chunks."""

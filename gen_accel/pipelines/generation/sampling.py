@@ -1,7 +1,6 @@
 """Sampling of one clip from any diffusers video pipeline, with timing."""
 
 import inspect
-import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +23,7 @@ from gen_accel.pipelines.generation.config import Clip as Clip
 from gen_accel.pipelines.generation.decode import as_uint8, decode_stream, is_streamed
 from gen_accel.pipelines.generation.progress import Tick, counted
 from gen_accel.pipelines.sampler import wasted_step
-from gen_accel.video import PIXELS, VideoShape, nearest, patch_of, vae_factor
+from gen_accel.video import VideoShape, grid_of, nearest, patch_of, vae_factor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -209,30 +208,11 @@ def token_grid(pipe: "DiffusionPipeline", clip: Clip) -> VideoShape:
     Only for a pipeline that `is_streamed` or trains, as others round in their own ways. Raises
     ValueError for frames and sizes that the pipeline would round, naming the nearest.
     """
-    frames, height, width = clip.frames, clip.height, clip.width
-    assert frames is not None
-    assert height is not None
-    assert width is not None
     patch = patch_of(first_transformer(pipe).config)
     sizes, spatial = served_family(pipe).sizes, _vae_factor(pipe, "spatial")
     coding = sizes.coding(None if sizes.chunks else _vae_factor(pipe, "temporal"))
-    wrong = []
-    if not coding.codes(frames):
-        step, first = coding.frames, coding.first
-        near = _nearest(frames, step, first)
-        wrong.append(f"frames must be {first} more than a multiple of {step}, got {frames}{near}")
-    for name, size, p in (("height", height, patch[1]), ("width", width, patch[2])):
-        step = math.lcm(PIXELS, spatial * p)
-        if size % step:
-            near = _nearest(size, step, step)
-            wrong.append(f"{name} must be a multiple of {step}, got {size}{near}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return VideoShape(
-        -(-coding.latents_of(frames) // patch[0]),
-        height // (spatial * patch[1]),
-        width // (spatial * patch[2]),
-    )
+    asked = {name: getattr(clip, name) for name in ("frames", "height", "width")}
+    return grid_of(asked, coding, spatial, patch)
 
 
 def check_fits(method: Method, video: VideoShape) -> None:
@@ -322,12 +302,16 @@ def denoise(
         frames = made.frames[0] if hasattr(made, "frames") else made.video
         video = np.stack([as_uint8(frame, pipe) for frame in frames])
         return Denoised(video, seconds, sound_of(pipe, made))
-    if not torch.isfinite(made.frames).all():
-        raise ValueError(
-            f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
-            "dtype float32 or bfloat16"
-        )
+    check_latents(made.frames, first_transformer(pipe).dtype)
     return Denoised(made.frames, seconds)
+
+
+def check_latents(latents: Tensor, dtype: torch.dtype) -> None:
+    """Refuse, by a ValueError, latents that are not finite, of a model of this dtype."""
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            f"the model made values that are not finite, in {dtype}; try dtype float32 or bfloat16"
+        )
 
 
 def sample(
@@ -390,8 +374,9 @@ def frame_rate(pipe: "DiffusionPipeline", given: float | None) -> float:
     if taken is None or taken.annotation not in (int, "int"):
         return float(fps)
     if fps % 1:
-        near = _nearest(int(fps), 1, 1)
-        raise ValueError(f"fps must be whole with {type(pipe).__name__}, got {fps:g}{near}")
+        near = " or ".join(map(str, nearest(int(fps), 1, 1)))
+        kind = type(pipe).__name__
+        raise ValueError(f"fps must be whole with {kind}, got {fps:g}; nearest: {near}")
     return int(fps)
 
 
@@ -400,10 +385,6 @@ def _vae_factor(pipe: "DiffusionPipeline", axis: str) -> int:
     if factor is None:
         raise ValueError(f"{type(pipe).__name__} does not say how its autoencoder scales")
     return factor
-
-
-def _nearest(size: int, step: int, least: int) -> str:
-    return f"; nearest: {' or '.join(map(str, nearest(size, step, least)))}"
 
 
 def _now(pipe: "DiffusionPipeline") -> float:

@@ -42,7 +42,7 @@ from gen_accel.paths import ABOUT, FILM
 from gen_accel.pipelines.generation.config import Clip
 from gen_accel.pipelines.generation.decode import decode_chunks, load_latents
 from gen_accel.pipelines.generation.progress import Progress
-from gen_accel.pipelines.generation.sampling import filled, token_grid
+from gen_accel.pipelines.generation.sampling import check_latents, filled, token_grid
 from gen_accel.pipelines.long_video.chunks import ChunkedAttention, streaming_family
 from gen_accel.pipelines.sampler import Sampler, equal_steps, own_shift
 from gen_accel.pipelines.zones import STEPS, Zones, read_zones
@@ -264,11 +264,7 @@ class Streamer:
                 x = (1 - low) * (x - high * velocity) + low * self._noise(generator)
             else:
                 x = x + (low - high) * velocity
-        if not torch.isfinite(x).all():
-            raise ValueError(
-                f"the model made values that are not finite, in {self.transformer.dtype}; try "
-                "dtype float32 or bfloat16"
-            )
+        check_latents(x, self.transformer.dtype)
         self._keep(chunk, x)
         return x
 
