@@ -116,6 +116,7 @@ class Comparison:
         kernels = sorted({r.choice.kernel for r in self.summary.records.values() if r.choice})
         seconds = {"dense": self.dense_summary.seconds, "sparse": self.summary.seconds}
         cached = {"cache": self.cache, "skipped_steps": skipped_steps(self.summary)}
+        cached = {} if self.cache is None else cached
         known = {"frames", *(("enlarged",) if self.fidelity.enlarged == 1 else ())}
         of_clip = ("seed", "frames", "height", "width", "steps", "guidance_scale", "fps")
         return {
@@ -142,7 +143,7 @@ class Comparison:
             "total_speedup": self.dense.seconds / self.sparse.seconds,
             "compile_seconds": self.compile_seconds,
             "busy": self.busy,
-            **({} if self.cache is None else cached),
+            **cached,
             "psnr_db": closeness.pop("psnr_db"),
             "ssim": closeness.pop("ssim"),
             **{

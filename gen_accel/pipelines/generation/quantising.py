@@ -57,7 +57,8 @@ def store_as(transformer: "ModelMixin", how: str, what: str) -> None:
         )
     from diffusers.hooks import apply_layerwise_casting
 
-    computed = compute_dtype(transformer)
+    linear = transformer.get_submodule(linear_names(transformer)[0])
+    computed: Any = linear.weight.dtype  # in which they were loaded
     patterns = tuple(pattern.replace(".", r"\.") for pattern in KEPT)
     for name in block_names(transformer):
         block = transformer.get_submodule(name)
@@ -68,12 +69,6 @@ def store_as(transformer: "ModelMixin", how: str, what: str) -> None:
             skip_modules_pattern=patterns,
             skip_modules_classes=(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
         )
-
-
-def compute_dtype(transformer: nn.Module) -> torch.dtype:
-    """Return the dtype that the blocks' layers were loaded in."""
-    linear = linear_names(transformer)
-    return transformer.get_submodule(linear[0]).weight.dtype  # pyright: ignore
 
 
 def hollow_of(kind: Any, source: str, part: str) -> "ModelMixin":

@@ -237,11 +237,6 @@ class Streamer:
         return not self._takes_scale and (self.clip.guidance_scale or 1.0) > 1
 
     @property
-    def passes(self) -> int:
-        """Forward passes of a chunk, the one into the cache among them."""
-        return len(self.levels) * (1 + self.is_guided)
-
-    @property
     def cached(self) -> int:
         """Bytes of the caches, which are there while `latents` or `frames` run."""
         return self.attention.numbers * self.transformer.dtype.itemsize
@@ -396,8 +391,9 @@ class StreamFolder:
     Args:
         path: of the folder.
         asked: what decides the chunks, as JSON holds it. Prompts are compared by chunk.
-        resume: go on with the chunks that are there; else they are removed. ValueError for nothing
-            to go on with, or a stream of other settings.
+        resume: go on with the chunks that are there; else they are removed.
+
+    Raises ValueError for nothing to go on with, or a stream of other settings.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool) -> None:

@@ -108,9 +108,9 @@ class History:
         parts = [*self._middle, *self._sink, *window]
         logs = None
         if any(part.logs is not None for part in parts):
-            once = (x.keys.new_zeros(x.keys.shape[2], dtype=torch.float32) for x in parts)
+            once = [torch.zeros(part.keys.shape[2], device=part.keys.device) for part in parts]
             pairs = zip(parts, once, strict=True)
-            logs = torch.cat([zeros if x.logs is None else x.logs for x, zeros in pairs])
+            logs = torch.cat([zeros if one.logs is None else one.logs for one, zeros in pairs])
         keys = torch.cat([part.keys for part in parts], 2)
         return Seen(keys, torch.cat([part.values for part in parts], 2), logs)
 
@@ -272,9 +272,6 @@ class ChunkedAttention:
         """Count of the numbers in all caches."""
         return sum(cache.numbers for cache in self._caches.values())
 
-    def history(self, zones: Zones) -> History:
-        return History(zones, self._turn)
-
     def _turn(self, keys: Tensor, frames: int) -> Tensor:
         return self.family.turned(self.transformer, keys, -frames, self.fps)
 
@@ -294,7 +291,7 @@ class ChunkedAttention:
         if isinstance(now, Clip):
             return self._clip(attend, q, k, v, video, now)
         name = attend.layer.name
-        history = self._caches.setdefault((now.branch, name), self.history(zones))
+        history = self._caches.setdefault((now.branch, name), History(zones, self._turn))
         out = attended(attend, q, Seen(k, v), history, history.seen(), video, attend.texts)
         if now.keeps:
             history.push(*_of_grid(k, v, video), video)
@@ -303,7 +300,7 @@ class ChunkedAttention:
     def _clip(
         self, attend: MethodRun, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, clip: Clip
     ) -> Tensor:
-        history = self.history(clip.zones)
+        history = History(clip.zones, self._turn)
         clean, noisy = [], []
 
         def run(rows: slice, seen: Seen | None) -> Tensor:

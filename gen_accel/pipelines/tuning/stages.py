@@ -77,8 +77,9 @@ class State:
 
     Args:
         path: the file; None keeps nothing.
-        about: everything that the measurements depend on. ValueError for a file of a tuning that
-            differs in it, with what differs.
+        about: everything that the measurements depend on.
+
+    Raises ValueError for the file of a tuning that differs in `about`, with what differs.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, object]) -> None:
