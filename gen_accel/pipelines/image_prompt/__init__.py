@@ -89,7 +89,11 @@ def load_image_prompt(
         file = read_adapter(path, variant=variant)
         models = _chosen(models, part, file.metadata, pipe, bool(file.start))
         first = next(iter(models.values()))
-        source = _like(build_adapter(file, first), first).requires_grad_(False).eval()
+        weight = next(first.parameters())
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        source = build_adapter(file, first).to(device, weight.dtype if half else torch.float32)
+        source.requires_grad_(False).eval()
     elif variant is not None:
         raise ValueError(
             f"variant={variant!r} says what a file is, and an ImageAdapter, here of "
@@ -271,15 +275,3 @@ def _chosen(
             f"{', '.join(models)}: say where it goes by part="
         )
     return {wanted: models[wanted]}
-
-
-def _like(adapter: ImageAdapter, model: "ModelMixin") -> ImageAdapter:
-    """Move the adapter to the model's device and dtype.
-
-    The dtype is float32 unless the model is in half precision; weights on the meta device leave
-    the adapter on the CPU.
-    """
-    weight = next(model.parameters())
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    return adapter.to(device, weight.dtype if half else torch.float32)

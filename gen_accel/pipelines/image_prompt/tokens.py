@@ -198,8 +198,13 @@ class ImageTokens:
         """Compute the tokens of a training batch, with gradients."""
         features = rows.features
         if rows.keep is not None:
-            null = self.adapter.projector.null(features)
-            features = tree_map(partial(_where_kept, rows.keep), features, null)
+            keep, null = rows.keep, self.adapter.projector.null(features)
+
+            def kept(x: Tensor, nothing: Tensor) -> Tensor:
+                chosen = keep.to(x.device).view(-1, *[1] * (x.ndim - 1))
+                return torch.where(chosen, x, nothing.to(x))
+
+            features = tree_map(kept, features, null)
         return Side(*self._project(features))
 
     def _negative(self, images: Images) -> Features:
@@ -272,11 +277,6 @@ class EncoderOf:
         vars(copy).update(vars(self))
         copy._pipe = deepcopy(self._pipe, memo)
         return copy
-
-
-def _where_kept(keep: Tensor, features: Tensor, null: Tensor) -> Tensor:
-    shape = (-1,) + (1,) * (features.ndim - 1)
-    return torch.where(keep.to(features.device).view(shape), features, null.to(features))
 
 
 def _placed(weight: Tensor, features: Tensor) -> Tensor:

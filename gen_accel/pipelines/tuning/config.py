@@ -160,7 +160,14 @@ class TuneConfig(Weights, TuneOptions, Clip):
         check_output(self.out.with_suffix(".safetensors"))
         check_output(self.out.with_name(f"{self.out.stem}.{UNFINISHED[0]}.safetensors"))
         if self.preset is not None:
-            self._check_solving(self.preset)
+            check_preset(self.preset)
+            if str(self.preset) in registry.PRESETS and not self.preset.is_file():
+                raise FileNotFoundError(
+                    f"no preset at {self.preset}: only a file can be solved again"
+                )
+            self.check_only("preset", "quality", "steps", "out")
+            if self.quality is None and self.steps is None:
+                raise ValueError("--preset is solved for --quality, --steps or both: give one")
             return
         if self.model is None or self.prompts is None:
             raise ValueError("give --model and --prompts, or --preset to solve one again")
@@ -175,11 +182,3 @@ class TuneConfig(Weights, TuneOptions, Clip):
                 "take euler"
             )
         _ = self.bound  # refuses an objective without its quality
-
-    def _check_solving(self, preset: Path) -> None:
-        check_preset(preset)
-        if str(preset) in registry.PRESETS and not preset.is_file():
-            raise FileNotFoundError(f"no preset at {preset}: only a file can be solved again")
-        self.check_only("preset", "quality", "steps", "out")
-        if self.quality is None and self.steps is None:
-            raise ValueError("--preset is solved for --quality, --steps or both: give one")
