@@ -323,7 +323,7 @@ def test_a_method_that_does_not_fit_a_short_clip_is_warmed_up_on_the_whole(model
     pipe = loading.load(model, loading.Loading(dtype="float32", device="cpu"))
     clip = sampling.filled(pipe, sampling.Clip(frames=21, height=48, width=48, steps=2))
     for window, frames in ((5, 17), (6, 21)):
-        warm = compare._warm_up_clip(pipe, clip, Neighborhood(window=(window, 3, 3)))
+        warm = compare._warm_up_clip(pipe, clip, Neighborhood(window=(window, 3, 3)), None)
         assert (warm.frames, warm.steps) == (frames, 1)
 
 

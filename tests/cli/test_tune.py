@@ -153,24 +153,28 @@ def test_guidance_and_positions_of_a_lora_are_tuned_with(home, monkeypatch, tmp_
     ft.train(ft.config(tmp_path / "run", **fields))
     pipe, seen = wan.pipeline(), []
 
-    def tune(pipe, prompts, **options):
-        with pytest.raises(ValueError, match="rule"):  # it has one already
-            apply_rule(pipe.transformer, "riflex", frames=4, trained=3)
-        seen.append(options)
-        return "found"
+    class Tuning:
+        def __init__(self, pipe, prompts, held_out, call, options, *others):
+            with pytest.raises(ValueError, match="rule"):  # it has one already
+                apply_rule(pipe.transformer, "riflex", frames=4, trained=3)
+            seen.append((call, options))
+
+        def go(self):
+            return "found"
 
     loaded = []
     monkeypatch.setattr(tune_model, "load", lambda model, loading: loaded.append(loading) or pipe)
-    monkeypatch.setattr(tune_model, "tune", tune)
+    monkeypatch.setattr(tune_model, "Tuning", Tuning)
     lora = tmp_path / "run" / "lora"
     given = {"model": str(home / "model"), "prompts": home / "prompts.txt", "from_lora": lora}
     clip = {"frames": 13, "height": 32, "width": 64, "steps": 3, "seed": 5}
     config = TuneConfig(**given, **clip, quality=20.0, out=tmp_path / "a.json")
     assert tune_model.tune_model(config) == "found"
-    [options] = seen
-    assert (options["num_frames"], options["height"], options["width"]) == (13, 32, 64)
-    assert (options["num_inference_steps"], options["seed"], options["quality"]) == (3, 5, 20.0)
-    assert "guidance_scale" not in options
+    [(call, options)] = seen
+    more = call.more
+    assert (more["num_frames"], more["height"], more["width"]) == (13, 32, 64)
+    assert (call.steps, call.seed, options.quality) == (3, 5, 20.0)
+    assert "guidance_scale" not in more
     assert loaded[0].loras == (str(lora),)
     apply_rule(pipe.transformer, "riflex", frames=4, trained=3).remove()
 
