@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -9,7 +10,8 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from gen_accel.kernels.triton import block_sparse, configs, tuned
+from gen_accel.kernels.triton import block_sparse, configs, rest, tuned
+from gen_accel.kernels.triton.block_facts import facts_of
 from gen_accel.kernels.triton.configs import LaunchConfig
 from gen_accel.kernels.triton.lists import prepare
 from gen_accel.plan import Plan
@@ -24,7 +26,8 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
 
     Args:
         q, k, v: (B, H, N, D), of the size that matters.
-        plan: static, so that its lists serve both directions.
+        plan: static, so that its lists serve both directions. With a rest of the second order its
+            kernel is timed too.
     """
     if plan.dynamic:
         raise ValueError("plan must be static to be timed, got one that was made for one call")
@@ -40,23 +43,28 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
 
     arch, gain = configs.architecture(q.device), lists.gain is not None
     ruled = bool(lists.rule) or gain
-    rest = lists.gain, lists.block_q, lists.block_k, lists.raster, scale
-    one = block_sparse.way("forward", (k, v), lists[:3], *rest)
-    two = block_sparse.way("backward", (k, v, q, given[0]), lists[:3], *rest)
+    sizes = lists.gain, lists.block_q, lists.block_k, lists.raster, scale
+    one = block_sparse.way("forward", (k, v), lists[:3], *sizes)
+    two = block_sparse.way("backward", (k, v, q, given[0]), lists[:3], *sizes)
     kept = tuned.read()
     found = {}
-    for kind, run in (
-        (one + "forward", forward),
-        (two + "dq", backward),
-        (two + "dkdv", backward),
-    ):
+    runs: list[tuple[str, Callable[[], object], LaunchConfig, bool]] = []
+    kinds = (one + "forward", forward), (two + "dq", backward), (two + "dkdv", backward)
+    for kind, run in kinds:
         kind = configs.row(kind, ruled)
-        name = tuned.key(arch, kind, q, plan.block_q, plan.block_k, ruled)
-        seconds = {}
         block = configs.worked_off(kind, plan.block_q, plan.block_k)
-        for config in _candidates(
-            configs.from_table(arch, kind, q.shape[3], q.dtype, block, gain)
-        ):
+        config = configs.from_table(arch, kind, q.shape[3], q.dtype, block, gain)
+        runs.append((kind, run, config, ruled))
+    if plan.rest is not None and plan.rest.order == "second":
+        facts = facts_of(q, k, v, plan, plan.rest, scale=scale)
+        pooled = partial(rest.pooled, q, k, v, plan, facts=facts, scale=scale)
+        table = configs.turns(arch, q.shape[3], q.dtype, plan.block_q, plan.block_k)
+        for kind, config in zip(configs.TURN_KINDS, table, strict=True):
+            runs.append((kind, pooled, config, False))
+    for kind, run, first, named in runs:
+        name = tuned.key(arch, kind, q, plan.block_q, plan.block_k, named)
+        seconds = {}
+        for config in _candidates(first):
             kept[name] = list(config)
             seconds[config] = _seconds(run, q.device)
         found[name] = min(seconds, key=lambda config: seconds[config])
@@ -78,7 +86,7 @@ def _candidates(config: LaunchConfig) -> set[LaunchConfig]:
     }
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median time on a GPU, one run under the interpreter; infinite where it does not fit."""
     try:
         if device.type == "cpu":

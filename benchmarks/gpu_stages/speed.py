@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gen_accel.kernels import facts_of, unsupported
 from gen_accel.kernels.triton import configs, tuned
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Rest
 
 from .correct import plan_of_rule
 from .setting import COMPILES, Setting, kind
@@ -141,14 +141,14 @@ def _plan_to_tune(at: Setting, block: int, ruled: bool) -> Plan:
     blocks = TUNED_TOKENS // block
     g = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 1, blocks, blocks, generator=g) < DENSITY
-    return Plan(torch.arange(TUNED_TOKENS), keep, block, block)
+    return Plan(torch.arange(TUNED_TOKENS), keep, block, block, rest=Rest("query", "second"))
 
 
 def table_rows(
     found: dict[str, configs.LaunchConfig], arch: str, q: Tensor, block: int
 ) -> list[str]:
-    """Rows for TABLE and PACKED of what was tuned, or for their short forms where tiles are cut to
-    the block; kinds that were not tuned stay as they are.
+    """Rows for TABLE, PACKED and TURNS of what was tuned, or for their short forms where tiles are
+    cut to the block; kinds that were not tuned stay as they are.
 
     Args:
         found: by kind, with "packed " before those over packed operands.
@@ -163,4 +163,7 @@ def table_rows(
         ]
         made = ", ".join(f"_C({', '.join(map(str, config))})" for config in chosen)
         rows.append(f'{table} "{arch}" {configs.bucket(D)}: ({made}), of blocks of {block}')
+    if chosen := [found[kind] for kind in configs.TURN_KINDS if kind in found]:
+        made = ", ".join(f"_C({', '.join(map(str, config))})" for config in chosen)
+        rows.append(f'TURNS "{arch}" {configs.bucket(D)}: ({made}), of blocks of {block}')
     return rows

@@ -1,5 +1,6 @@
 """Our Triton kernels for the rest of a plan, held to the reference; interpreted on the CPU."""
 
+import autotune
 import pytest
 import torch
 from support.checks import assert_no_worse
@@ -11,7 +12,7 @@ from gen_accel.kernels import reference
 from gen_accel.kernels import rest as dispatch
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.rest import Curve, curve_of
-from gen_accel.kernels.triton import configs, launch, packing, rest
+from gen_accel.kernels.triton import configs, launch, packing, rest, tuned
 from gen_accel.plan import Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
@@ -227,6 +228,21 @@ def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
     others = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
     assert launched.count("pool_kernel") == 2
     torch.testing.assert_close(some, others)
+
+
+@pytest.mark.slow
+def test_tuning_times_the_rest_too(device):
+    """Which later calls obey, with an answer that stays."""
+    plan = plan_of("second", device, block_q=16, block_k=16, slots=32, padding=3)
+    tensors = q, k, v = inputs(plan, torch.float32, batch=1, heads=1)
+    found = autotune.tune(q, k, v, plan, scale=0.3)
+    kinds = {name.split("/")[1]: name for name in found}
+    assert {*configs.TURN_KINDS} < {*kinds}
+    assert len(kinds) == 5
+    own = [16, 16, 4, 1]
+    tuned.write({kinds[kind]: own for kind in configs.TURN_KINDS})
+    assert [list(config) for config in configs.choose_turns(q, 16, 16)] == [own, own]
+    assert_matches_reference(plan, tensors)
 
 
 @pytest.mark.parametrize("name", ["divide", "odd"])

@@ -292,6 +292,7 @@ TURNS_FP32 = {
 }
 POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
 
+TURN_KINDS = ("rest pool", "rest attend")
 ROOMS = 3  # chunks of `rest_turns` that have memory at a time; not timed
 
 # Warps that a multiprocessor has registers for, if each of their threads takes all 255.
@@ -538,12 +539,25 @@ def pool(
 def turns(
     arch: str, D: int, dtype: torch.dtype, block_q: int, block_k: int
 ) -> tuple[LaunchConfig, LaunchConfig]:
-    """Choose the configurations of `rest_turns`: to pool, and to attend to columns."""
+    """Look up the configurations of `rest_turns`, of TURN_KINDS, with load and tile cut to the
+    block."""
     if arch == "interpreted":
         of_pool = columns = INTERPRETED
     else:
         table = TURNS_FP32 if dtype == torch.float32 else TURNS[arch]
         of_pool, columns = table[bucket(D)]
+    return of_pool._replace(tile_n=tile(block_k, of_pool.tile_n)), cut("forward", columns, block_q)
+
+
+def choose_turns(q: Tensor, block_q: int, block_k: int) -> tuple[LaunchConfig, LaunchConfig]:
+    """Choose the configurations of `rest_turns`, those of `turns` where none was timed; the warps
+    are those of the second."""
+    arch, kept = architecture(q.device), tuned.read()
+    given = turns(arch, q.shape[3], q.dtype, block_q, block_k)
+    names = (tuned.key(arch, kind, q, block_q, block_k, ruled=False) for kind in TURN_KINDS)
+    of_pool, columns = (
+        LaunchConfig(*kept.get(name, config)) for name, config in zip(names, given, strict=True)
+    )
     return of_pool._replace(tile_n=tile(block_k, of_pool.tile_n)), cut("forward", columns, block_q)
 
 

@@ -395,7 +395,7 @@ def in_turns(
     """Write the output around mean queries, (B, H, Kq, D) fp32, and the log-sum-exp; other
     arguments as in `attend_to_means`. See `rest_turns`."""
     (Kq, Kk), D, curve = call.blocks, call.q.shape[3], call.curve_or_any
-    given = configs.turns(_arch(call), D, call.q.dtype, call.block_q, call.block_k)
+    given = configs.choose_turns(call.q, call.block_q, call.block_k)
     of_pool, config = given
     size, blocks = configs.group(of_pool, Kq), configs.POOL_BLOCKS
     groups = triton.cdiv(Kq, size)
