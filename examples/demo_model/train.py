@@ -250,14 +250,17 @@ def new_text_encoder(*, vocabulary: int, width: int) -> UMT5EncoderModel:
     )
 
 
-def new_transformer(*, heads: int, layers: int, text: int) -> WanTransformer3DModel:
-    """Heads of 64 on tokens of 1 x 1 x 1 latents, for texts of width `text`. It begins as 0."""
+def new_transformer(
+    *, heads: int, layers: int, text: int, channels: int = LATENT_CHANNELS, patch: int = 1
+) -> WanTransformer3DModel:
+    """Heads of 64 on tokens of 1 x `patch` x `patch` latents, for texts of width `text`. It begins
+    as 0."""
     transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
+        patch_size=(1, patch, patch),
         num_attention_heads=heads,
         attention_head_dim=64,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=text,
         freq_dim=128,
         ffn_dim=256 * heads,
