@@ -93,7 +93,7 @@ NEAR_MISS = 0.05  # of a latent's spread, that the decoder puts up with
 
 WIDTH = 96  # of a text's features
 TEXT_TOKENS = 32  # the longest caption has 27
-TEXT_STEPS, TEXT_BATCH = 3000, 128
+TEXT_STEPS, TEXT_BATCH = 1200, 128
 
 HEADS, LAYERS = 3, 8
 SHARD = 256  # clips
@@ -257,13 +257,14 @@ class Run:
     def pack(self, out: Path) -> None:
         """Write what is finished as a pipeline in float16, with the report beside it."""
         parts = {stage.part: self.last(stage.part) for stage in STAGES.values()}
-        models: dict[str, Any] = {part: name and self.load(part) for part, name in parts.items()}
+        models: dict[str, Any] = {
+            part: name and self.load(part).cpu().half() for part, name in parts.items()
+        }
         pipe = WanPipeline(
             tokenizer=new_tokenizer(words()),  # pyright: ignore[reportArgumentType]
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),  # pyright: ignore
             **models,
         )
-        pipe.to("cpu", torch.float16)
         pipe.save_pretrained(out)
         figures = {name: self.report[name] for name in parts.values() if name is not None}
         with replacing(out / REPORT) as partial:
