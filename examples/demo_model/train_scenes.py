@@ -3,7 +3,6 @@
 Stages, each of which leaves its result in the working folder and is skipped when that is there:
 
     autoencoder  on short clips
-    decoder      goes on alone, on clips as long as are ever shown
     text         the text encoder learns to name, at each word, all that its caption says
     pictures     the transformer learns from first frames what is to be seen
     clips        and from clips of 33 frames how it moves
@@ -17,7 +16,7 @@ it. The whole runs on a GPU where there is one, by the same recipe.
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,30 +78,27 @@ from gen_accel.io import replacing
 
 OUT = Path(__file__).parent / "scenes_model"
 REPORT = "scenes.json"  # beside the weights: what is done, and how well
-SIZE, FRAMES = 96, 33
+SIZE, FRAMES = 96, 33  # of the clips
 CHANNELS, CELL = 8, 4  # of latents, and how many pixels high and wide one is
 PATCH = 2  # latents high and wide that a token is
 
 CHECKPOINT = 100  # steps
 OBJECT = 90 / 127.5 - 1  # the least level of an object's brightest channel; no background has it
-# One size, for which it is compiled once.
-AUTOENCODER = Phase(1600, 8, 9, 48)
-DECODER = Phase(800, 2, 9, 96), Phase(0, 1, 65, 48), Phase(0, 2, 17, 64), Phase(0, 1, 129, 40)
-KL = 3e-4
+AUTOENCODER = Phase(1600, 8, 9, 48)  # one size, for which it is compiled once
+KL = 3e-4  # weight
 MEASURED = 64  # clips, for the statistics of latents
-NEAR_MISS = 0.05  # of a latent's spread, that the decoder puts up with
 
 WIDTH = 96  # of a text's features
-TEXT_TOKENS = 32  # the longest caption has 27
+TEXT_TOKENS = 32  # the longest caption has 24
 TEXT_STEPS, TEXT_BATCH = 1200, 128
 
 HEADS, LAYERS = 3, 8
 SHARD = 256  # clips
 RATE = 2e-3
-SHIFT = 5.0  # of the noise schedule, in training and in generation
-PICTURES = 16_384
+SHIFT = 3.0  # of the noise schedule, in training and in generation
+PICTURES = 8192
 CLIPS = 6144
-PICTURE_PHASES = (Phase(4500, 64, 1, SIZE),)
+PICTURE_PHASES = (Phase(900, 32, 1, SIZE),)
 CLIP_PHASES = Phase(1500, 16, 3, SIZE), Phase(1500, 10, 5, SIZE), Phase(5000, 6, 9, SIZE)
 NAMED = 0.05  # weight of what tokens say they show
 NO_CAPTION = 0.1  # share of the captions that are left out, for guidance
@@ -224,7 +220,7 @@ class Run:
         stage: str,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
-        rates: Callable[[int], float],
+        rate: float,
         steps: int,
         loss_of: Callable[[int], tuple[Tensor, str]],
         parameters: list[nn.Parameter] | None = None,
@@ -232,7 +228,7 @@ class Run:
         """Take `steps` steps, or those that are left, and put the average into `model`.
 
         Args:
-            rates: step to learning rate.
+            rate: of learning, at its highest.
             loss_of: step to its loss, and what the log says of it.
             parameters: of the optimisers (default: all that ask for gradients).
         """
@@ -243,7 +239,7 @@ class Run:
             parameters = [p for p in model.parameters() if p.requires_grad]
         for step in range(load_checkpoint(checkpoint, model, average, optimizers), steps):
             for optimizer in optimizers:
-                set_lr(optimizer, rates(step))
+                set_lr(optimizer, rate * warmup(step, 50) * linear_end(step / steps))
             loss, said = loss_of(step)
             update(loss, optimizers, parameters)
             follow(average, model, step)
@@ -309,9 +305,8 @@ def train_autoencoder(run: Run) -> None:
         loss = reconstruction_loss(output, video, video.amax(1, keepdim=True) > OBJECT) + KL * kl
         return loss, f"{psnr(F.mse_loss(output, video).item()):.2f} dB  KL {kl.item():.3f}"
 
-    optimizers, parameters = _shaped_optimizers(vae.named_parameters())
-    rates = rates_of(4e-3, steps, linear_end)
-    run.train("autoencoder", vae, optimizers, rates, steps, loss_of, parameters)
+    optimizers, parameters = _kernel_optimizers(vae)
+    run.train("autoencoder", vae, optimizers, 4e-3, steps, loss_of, parameters)
     run.finish("autoencoder", with_statistics(vae), steps=steps, **fidelity(vae))
 
 
@@ -333,14 +328,14 @@ def new_autoencoder() -> AutoencoderKLWan:
     )
 
 
-def _shaped_optimizers(
-    named: Iterable[tuple[str, nn.Parameter]],
+def _kernel_optimizers(
+    model: nn.Module,
 ) -> tuple[list[torch.optim.Optimizer], list[nn.Parameter]]:
     """Muon for kernels, as matrices with a row for each output, and AdamW for the rest; and the
     parameters that they have. A matrix shares the memory of its kernel."""
     matrices: dict[str, nn.Parameter] = {}
     rest: list[nn.Parameter] = []
-    for name, kernel in named:
+    for name, kernel in model.named_parameters():
         if kernel.ndim < 4:
             rest.append(kernel)
             continue
@@ -356,40 +351,6 @@ def _shaped_optimizers(
     return [muon, adam], [*matrices.values(), *rest]
 
 
-def train_decoder(run: Run) -> None:
-    """Train the decoder alone, on long clips, and on latents that are not exact."""
-    vae = run.load("vae")
-    named = [*vae.decoder.named_parameters(), *vae.post_quant_conv.named_parameters()]
-    for _, p in named:
-        p.requires_grad_()
-    steps = DECODER[0].steps
-
-    def loss_of(step: int) -> tuple[Tensor, str]:
-        phase, g = DECODER[step % len(DECODER)], run.generator(2, step)
-        video = films(phase, trained_seeds(50_000_000 + step * 100, phase.batch), g)
-        video = video.to(run.device)
-        with run.autocast():
-            with torch.no_grad():
-                mean = whole_clip.encode(vae, video)[:, :CHANNELS].float()
-                noise = torch.randn(mean.shape, generator=g).to(run.device)
-                # What the transformer makes is never exact.
-                mean = mean + NEAR_MISS * mean.std() * noise
-            output = whole_clip.decode(vae, mean).float()
-        loss = reconstruction_loss(output, video, video.amax(1, keepdim=True) > OBJECT)
-        decibels = psnr(F.mse_loss(output, video).item())
-        return loss, f"{phase.frames} frames  {decibels:.2f} dB"
-
-    optimizers, parameters = _shaped_optimizers(named)
-    rates = rates_of(1e-3, steps, linear_end)
-    run.train("decoder", vae, optimizers, rates, steps, loss_of, parameters)
-    run.finish("decoder", with_statistics(vae), steps=steps, **fidelity(vae))
-
-
-def rates_of(rate: float, steps: int, fall: Callable[[float], float]) -> Callable[[int], float]:
-    """Step to learning rate: 50 steps of warm-up, then as `fall` says."""
-    return lambda step: rate * warmup(step, 50) * fall(step / steps)
-
-
 def encoded(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] to the means, (B, z, f, h, w), as the encoder has them."""
     device = vae.device
@@ -398,7 +359,7 @@ def encoded(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
 
 
 def with_statistics(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Write each channel's mean and spread, over `MEASURED` clips, into the autoencoder's config."""
+    """Write the mean and spread of each channel, over `MEASURED` clips, into the config."""
     parts = []
     for first in range(0, MEASURED, 8):
         seeds = trained_seeds(100_000_000 + first * 100, 8)
@@ -505,8 +466,7 @@ def train_text(run: Run) -> None:
         return loss / len(logits), f"{right.all(0).float().mean():.4f} of the words know all"
 
     optimizer = torch.optim.AdamW(reader.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    rates = rates_of(3e-3, steps, linear_end)
-    run.train("text", reader, [optimizer], rates, steps, loss_of)
+    run.train("text", reader, [optimizer], 3e-3, steps, loss_of)
     with torch.no_grad():
         unseen = [scene for scene in scored_scenes(400) if scene.is_held_out]
         tokens = tokenized(tokenizer, [scene.caption for scene in unseen], run.device)
@@ -700,12 +660,11 @@ def _train_transformer(
         parts = zip(logits.split([*SHOWN], dim=-1), truth.unbind(-1), strict=True)
         named = torch.stack([F.cross_entropy(x.mT, at) for x, at in parts]).sum()
         running = 0.98 * (running or loss.item()) + 0.02 * loss.item()
-        said = f"running {running:.4f}  named {named.item():.3f}  {phase.frames} latents"
-        return loss + NAMED * named, said
+        line = f"running {running:.4f}  named {named.item():.3f}  {phase.frames} latents"
+        return loss + NAMED * named, line
 
-    rates = rates_of(RATE, len(order), linear_end)
     with patch.object(transformer_wan, "dispatch_attention_fn", padded):
-        run.train(stage, model, new_optimizers(model), rates, len(order), loss_of)
+        run.train(stage, model, new_optimizers(model), RATE, len(order), loss_of)
     run.finish(stage, transformer, steps=len(order))
 
 
@@ -720,7 +679,6 @@ def features(
 
 STAGES = {
     "autoencoder": Stage(train_autoencoder, AutoencoderKLWan, "vae"),
-    "decoder": Stage(train_decoder, AutoencoderKLWan, "vae"),
     "text": Stage(train_text, UMT5EncoderModel, "text_encoder"),
     "pictures": Stage(train_pictures, WanTransformer3DModel, "transformer"),
     "clips": Stage(train_clips, WanTransformer3DModel, "transformer"),
