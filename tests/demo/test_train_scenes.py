@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
 from gen_accel import demo
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from demo_model import evaluate_scenes, train_scenes
-from demo_model.judge import judge_picture, scored_scenes
+from demo_model.judge import judge, judge_picture, scored_scenes
 from demo_model.scenes import BEHIND, MOVES, Group, Scene, draw, scene_of
-from demo_model.train import Phase, new_tokenizer, new_transformer
-from demo_model.train_scenes import FIELDS, REPORT, STAGES, Padded, said, shown, words
+from demo_model.train import Phase, new_tokenizer, new_transformer, psnr
+from demo_model.train_scenes import FIELDS, REPORT, STAGES, Padded, Run, said, shown, words
 from diffusers.models.transformers import transformer_wan
 
 pytestmark = pytest.mark.slow
@@ -95,6 +95,20 @@ def test_what_is_finished_is_where_a_training_begins(short, monkeypatch, tmp_pat
     before, after = weights(first), weights(then)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert any(name.startswith("transformer/") for name in after.keys() - before.keys())
+
+
+def test_what_ships_keeps_what_the_judge_sees():
+    scene = scored_scenes(1)[0]
+    run = Run(train_scenes.OUT, torch.device("cpu"), compiles=False)
+    figures = run.report["autoencoder"]
+    assert figures["db"] >= 34
+    vae = AutoencoderKLWan.from_pretrained(train_scenes.OUT / "vae", dtype=torch.float32)
+    video = draw(scene, frames=33, seed=7).video.permute(3, 0, 1, 2)[None] / 127.5 - 1
+    with torch.no_grad():
+        shown = vae.decode(vae.encode(video).latent_dist.mode()).sample
+    assert psnr((shown - video).square().mean().item()) == pytest.approx(figures["db"], abs=4)
+    pixels = ((shown[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
+    assert judge(pixels, scene).strict
 
 
 def test_one_token_stands_for_the_padding_of_any_length(monkeypatch):
