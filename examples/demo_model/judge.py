@@ -135,6 +135,11 @@ def judge(video: np.ndarray | torch.Tensor, scene: Scene) -> Verdict:
     return Verdict(whole, tuple(map(seen.look, np.array_split(frames, QUARTERS))))
 
 
+def judge_picture(picture: np.ndarray | torch.Tensor, scene: Scene) -> Judgement:
+    """Judge a first frame, (H, W, 3) uint8, without motion and depth."""
+    return Seen(np.stack([np.asarray(picture)] * FEWEST), scene).look(np.arange(FEWEST))
+
+
 @dataclass(frozen=True)
 class Piece:
     """Connected pixels of one colour in a frame.

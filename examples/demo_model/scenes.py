@@ -8,6 +8,7 @@ right quickly behind a large blue square on a striped background, the camera pan
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -309,6 +310,12 @@ def scene_of(seed: int) -> Scene:
     )
 
 
+def trained_seeds(first: int, count: int) -> list[int]:
+    """The next `count` seeds from `first` on whose scenes are not held out."""
+    shown = (seed for seed in itertools.count(first) if not scene_of(seed).is_held_out)
+    return [*itertools.islice(shown, count)]
+
+
 def write_clips(folder: Path, *, frames: int, count: int, size: int = 96, seed: int = 0) -> None:
     """Write clips to train on, `0000.mp4` with its caption in `0000.txt` and so on, none of a
     scene that is held out. Existing files are left.
@@ -316,13 +323,8 @@ def write_clips(folder: Path, *, frames: int, count: int, size: int = 96, seed: 
     Args:
         size: height and width in pixels.
     """
-    made, tried = 0, seed * 10**6
-    while made < count:
-        scene, number, tried = scene_of(tried), tried, tried + 1
-        if scene.is_held_out:
-            continue
-        stem = folder / f"{made:04d}"
-        made += 1
+    for made, number in enumerate(trained_seeds(seed * 10**6, count)):
+        scene, stem = scene_of(number), folder / f"{made:04d}"
         if stem.with_suffix(".txt").exists():
             continue
         film = draw(scene, frames=frames, seed=number, size=size)

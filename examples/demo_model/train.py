@@ -10,7 +10,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,19 +136,19 @@ def train_autoencoder(work: Path) -> None:
     vae = new_autoencoder()
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step, video in _clips(AUTOENCODER_BATCHES, AUTOENCODER_STEPS):
-        _set_lr(optimizer, 2e-3 * _warmup(step, 50) * _cosine(step / AUTOENCODER_STEPS))
+        set_lr(optimizer, 2e-3 * warmup(step, 50) * cosine(step / AUTOENCODER_STEPS))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             mean, log_variance = whole_clip.encode(vae, video).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-12, 4)
             latent = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
             output = whole_clip.decode(vae, latent).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = _reconstruction_loss(output, video) + 1e-3 * kl
-        _update(loss, [optimizer], list(vae.parameters()))
+        loss = reconstruction_loss(output, video, _is_object(video)) + 1e-3 * kl
+        update(loss, [optimizer], list(vae.parameters()))
         if step % 50 == 0:
             mse = F.mse_loss(output, video).item()
-            log(f"step {step}  {_psnr(mse):.2f} dB  KL {kl.item():.3f}")
-    _save_model(vae, work / "autoencoder")
+            log(f"step {step}  {psnr(mse):.2f} dB  KL {kl.item():.3f}")
+    save_model(vae, work / "autoencoder")
 
 
 def train_decoder(work: Path) -> None:
@@ -161,18 +161,18 @@ def train_decoder(work: Path) -> None:
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
     for step, video in _clips(DECODER_BATCHES, DECODER_STEPS, seed=1_000_000):
-        _set_lr(optimizer, 8e-4 * _warmup(step, 20) * _cosine(step / DECODER_STEPS))
+        set_lr(optimizer, 8e-4 * warmup(step, 20) * cosine(step / DECODER_STEPS))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
                 mean = whole_clip.encode(vae, video)[:, :LATENT_CHANNELS].float()
                 # What the transformer makes is never exact: learn to decode near misses.
                 mean = mean + 0.05 * mean.std() * torch.randn_like(mean)
             output = whole_clip.decode(vae, mean).float()
-        _update(_reconstruction_loss(output, video), [optimizer], parameters)
+        update(reconstruction_loss(output, video, _is_object(video)), [optimizer], parameters)
         if step % 50 == 0:
             mse = F.mse_loss(output, video).item()
-            log(f"step {step}  {tuple(video.shape[2:4])}  {_psnr(mse):.2f} dB")
-    _save_model(vae, work / "decoder")
+            log(f"step {step}  {tuple(video.shape[2:4])}  {psnr(mse):.2f} dB")
+    save_model(vae, work / "decoder")
 
 
 def cache_latents(work: Path) -> None:
@@ -190,7 +190,7 @@ def cache_latents(work: Path) -> None:
                 video = render(scenes, frames=frames, size=size, generator=generator)
                 with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                     latents.append(whole_clip.encode(vae, video)[:, :LATENT_CHANNELS].half())
-            _save_tensors({"latents": torch.cat(latents).contiguous(), "labels": labels}, path)
+            save_tensors({"latents": torch.cat(latents).contiguous(), "labels": labels}, path)
             log(f"{size} pixels, {(shard + 1) * SHARD} of {clips} clips")
 
 
@@ -216,9 +216,9 @@ def latent_statistics(work: Path) -> tuple[Tensor, Tensor]:
     return latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the world's captions."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+def new_tokenizer(words: Iterable[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One token a word of a world's captions."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -235,37 +235,50 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def new_text_encoder(*, vocabulary: int, width: int) -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
+        )
+    )
+
+
+def new_transformer(
+    *, heads: int, layers: int, text: int, channels: int = LATENT_CHANNELS, patch: int = 1
+) -> WanTransformer3DModel:
+    """Heads of 64 on tokens of 1 x `patch` x `patch` latents, for texts of width `text`. It begins
+    as 0."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, patch, patch),
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text,
+        freq_dim=128,
+        ffn_dim=256 * heads,
+        num_layers=layers,
+        rope_max_seq_len=256,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
 class Denoiser(nn.Module):
     """Text encoder and transformer, trained together."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=32,
-                d_model=TEXT_WIDTH,
-                d_kv=16,
-                d_ff=128,
-                num_layers=2,
-                num_heads=4,
-                dropout_rate=0.0,
-                tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
-            )
-        )
-        self.transformer = WanTransformer3DModel(
-            patch_size=(1, 1, 1),
-            num_attention_heads=2,
-            attention_head_dim=64,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            text_dim=TEXT_WIDTH,
-            freq_dim=128,
-            ffn_dim=512,
-            num_layers=6,
-            rope_max_seq_len=256,
-        )
-        nn.init.zeros_(self.transformer.proj_out.weight)
-        nn.init.zeros_(self.transformer.proj_out.bias)
+        self.text_encoder = new_text_encoder(vocabulary=32, width=TEXT_WIDTH)
+        self.transformer = new_transformer(heads=2, layers=6, text=TEXT_WIDTH)
 
     def forward(
         self, noisy: Tensor, sigma: Tensor, tokens: dict[str, Tensor], padded: int
@@ -274,6 +287,20 @@ class Denoiser(nn.Module):
         text = self.text_encoder(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
         text = F.pad(text, (0, 0, 0, padded - text.shape[1]))
         return self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
+
+
+def new_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW for the rest."""
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and name.startswith("transformer.blocks.")
+    }
+    others = {name: p for name, p in model.named_parameters() if name not in matrices}
+    return [
+        torch.optim.Muon(matrices.items(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others.items(), betas=(0.9, 0.99), weight_decay=0.0),
+    ]
 
 
 def train_denoiser(rank: int, ranks: int, work: Path) -> None:
@@ -289,19 +316,10 @@ def train_denoiser(rank: int, ranks: int, work: Path) -> None:
     log = Log(work / "train.log", "denoiser")
     torch.manual_seed(3)
     tokenizer, model = new_tokenizer(), Denoiser()
-    matrices = {
-        name: p
-        for name, p in model.named_parameters()
-        if p.ndim == 2 and name.startswith("transformer.blocks.")
-    }
-    others = {name: p for name, p in model.named_parameters() if name not in matrices}
-    optimizers = [
-        torch.optim.Muon(matrices.items(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others.items(), betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    optimizers = new_optimizers(model)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     checkpoint = work / "denoiser_checkpoint"
-    start = _load_checkpoint(checkpoint, model, average, optimizers)
+    start = load_checkpoint(checkpoint, model, average, optimizers)
 
     mean, std = latent_statistics(work)
     data = {size: Latents(work, size, mean, std) for size in CACHE}
@@ -318,34 +336,31 @@ def train_denoiser(rank: int, ranks: int, work: Path) -> None:
         # Wan pads its text with zeros that its cross-attention sees, to a length that the caller
         # chooses: any of them must do.
         padded = TEXT_TOKENS * 2 ** int(torch.randint(6, (), generator=generator))
-        sigma = _noise_levels(len(clean), generator)
+        sigma = noise_levels(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator)
         mix = sigma.view(-1, 1, 1, 1, 1)
         for optimizer in optimizers:
-            _set_lr(optimizer, 2e-3 * _warmup(step, 40) * _linear_end(step / total))
+            set_lr(optimizer, 2e-3 * warmup(step, 40) * linear_end(step / total))
         mine = torch.arange(rank, len(clean), ranks)
         noisy = (1 - mix) * clean + mix * noise
         with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             mine_tokens = {name: value[mine] for name, value in tokens.items()}
             velocity = model(noisy[mine], sigma[mine], mine_tokens, padded).float()
         loss = F.mse_loss(velocity, (noise - clean)[mine])
-        _update(loss, optimizers, list(model.parameters()))
-        with torch.no_grad():
-            keep = min(0.997, (step + 1) / (step + 20))
-            for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - keep)
+        update(loss, optimizers, list(model.parameters()))
+        follow(average, model, step)
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
         if step % 50 == 0 and rank == 0:
             log(f"step {step} of {total}  {phase.frames} latents, {phase.size} px  {running:.4f}")
         if (step + 1) % 200 == 0 and rank == 0:
-            _save_checkpoint(checkpoint, step + 1, model, average, optimizers)
+            save_checkpoint(checkpoint, step + 1, model, average, optimizers)
     if rank:
         return
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(average[name])
-    _save_model(model.text_encoder, work / "text_encoder")
-    _save_model(model.transformer, work / "denoiser")
+    save_model(model.text_encoder, work / "text_encoder")
+    save_model(model.transformer, work / "denoiser")
 
 
 def pack(work: Path, out: Path) -> None:
@@ -367,13 +382,13 @@ def pack(work: Path, out: Path) -> None:
     pipe.save_pretrained(out)
 
 
-def _noise_levels(count: int, generator: torch.Generator) -> Tensor:
+def noise_levels(count: int, generator: torch.Generator, shift: float = SHIFT) -> Tensor:
     """As the scheduler spreads them: its first steps, above 0.9, settle where things move.
 
     One from each of `count` equal parts of the schedule, so that no batch lacks any of them.
     """
     time = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return SHIFT * time / (1 + (SHIFT - 1) * time)
+    return shift * time / (1 + (shift - 1) * time)
 
 
 def _caption(scene: Scene, generator: torch.Generator) -> str:
@@ -393,14 +408,17 @@ def _clips(batches: tuple, steps: int, seed: int = 0) -> Iterator[tuple[int, Ten
         yield step, render(scenes, frames=frames, size=size, generator=generator)
 
 
-def _reconstruction_loss(output: Tensor, video: Tensor) -> Tensor:
+def reconstruction_loss(output: Tensor, video: Tensor, is_object: Tensor) -> Tensor:
     """L1 and L2; the object counts five times the background, of which there is far more."""
-    object_ = (video - (BACKGROUND / 127.5 - 1)).abs().amax(1, keepdim=True) > 0.1
     error = output - video
-    return ((1 + 4 * object_.float()) * (error.abs() + error.square())).mean()
+    return ((1 + 4 * is_object.float()) * (error.abs() + error.square())).mean()
 
 
-def _update(loss: Tensor, optimizers: list, parameters: list) -> None:
+def _is_object(video: Tensor) -> Tensor:
+    return (video - (BACKGROUND / 127.5 - 1)).abs().amax(1, keepdim=True) > 0.1
+
+
+def update(loss: Tensor, optimizers: list, parameters: list) -> None:
     loss.backward()
     if dist.is_initialized():
         _average([p.grad for p in parameters])
@@ -408,6 +426,14 @@ def _update(loss: Tensor, optimizers: list, parameters: list) -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+
+
+def follow(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
+    """Move the running average of the weights after `step`."""
+    keep = min(0.997, (step + 1) / (step + 20))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            average[name].lerp_(p, 1 - keep)
 
 
 def _average(grads: list[Tensor]) -> None:
@@ -419,42 +445,42 @@ def _average(grads: list[Tensor]) -> None:
         grad.copy_(part.view_as(grad))
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def _warmup(step: int, steps: int) -> float:
+def warmup(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / steps)
 
 
-def _cosine(progress: float) -> float:
+def cosine(progress: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _linear_end(progress: float) -> float:
+def linear_end(progress: float) -> float:
     """Constant for the first half, then down to 3 %."""
     return min(1.0, max(0.03, 2 * (1 - progress)))
 
 
-def _psnr(mse: float) -> float:
+def psnr(mse: float) -> float:
     return 10 * math.log10(4 / mse)
 
 
-def _save_model(model: ModelMixin | PreTrainedModel, path: Path) -> None:
+def save_model(model: ModelMixin | PreTrainedModel, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     model.save_pretrained(part)
     os.replace(part, path)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(tensors, part)
     os.replace(part, path)
 
 
-def _save_checkpoint(path: Path, step: int, model: nn.Module, average: dict, optimizers) -> None:
+def save_checkpoint(path: Path, step: int, model: nn.Module, average: dict, optimizers) -> None:
     """Everything that the next step depends on; the random draws depend on its number alone."""
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     tensors |= {f"average/{name}": p for name, p in average.items()}
@@ -462,10 +488,10 @@ def _save_checkpoint(path: Path, step: int, model: nn.Module, average: dict, opt
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{i}/{j}/{key}": value for key, value in state.items()}
     tensors["step"] = torch.tensor(step)
-    _save_tensors({k: v.contiguous().clone() for k, v in tensors.items()}, path)
+    save_tensors({k: v.contiguous().clone() for k, v in tensors.items()}, path)
 
 
-def _load_checkpoint(path: Path, model: nn.Module, average: dict, optimizers) -> int:
+def load_checkpoint(path: Path, model: nn.Module, average: dict, optimizers) -> int:
     if not path.exists():
         return 0
     tensors = load_file(path)
