@@ -72,6 +72,33 @@ class Facts:
         return self.shapes[0][-1]
 
 
+class BlockFacts(NamedTuple):
+    """What a rest of the second order needs of a call, and the choice of its blocks, whatever is
+    kept; fp32 but for the state, without a gradient.
+
+    Args:
+        query_means, key_means: (B, H, Kq, D) and (B, H, Kk, D), means of blocks.
+        deviations: (B, H, Kk), see `choosing.block_deviations`, of the values.
+        rise, weight: fields of a `Curve`.
+        squares: (B, H, N), squared offsets of keys from the means of their blocks, weighed and
+            summed over the channels.
+        common: (B, H, D), a key near those of a head.
+        state: (B, H, D, D), the slope H of `Rest`.
+    """
+
+    query_means: Tensor
+    key_means: Tensor
+    deviations: Tensor
+    rise: Tensor
+    weight: Tensor
+    squares: Tensor
+    common: Tensor
+    state: Tensor
+
+    def of_heads(self, some: slice) -> "BlockFacts":
+        return BlockFacts(*(x[:, some].contiguous() for x in self))
+
+
 def facts_of(
     q: Tensor,
     k: Tensor,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.base import Context, Kernel
+from gen_accel.kernels.base import BlockFacts, Context, Kernel
 from gen_accel.kernels.dispatch import native_serves, triton_serves
 from gen_accel.kernels.native import rest as native
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Rest, Slots, pack, unpack
@@ -34,33 +34,6 @@ class Curve(NamedTuple):
 
     rise: Tensor
     weight: Tensor
-
-
-class BlockFacts(NamedTuple):
-    """What a rest of the second order needs of a call, and the choice of its blocks, whatever is
-    kept; fp32 but for the state, without a gradient.
-
-    Args:
-        query_means, key_means: (B, H, Kq, D) and (B, H, Kk, D), means of blocks.
-        deviations: (B, H, Kk), see `choosing.block_deviations`, of the values.
-        rise, weight: fields of a `Curve`.
-        squares: (B, H, N), squared offsets of keys from the means of their blocks, weighed and
-            summed over the channels.
-        common: (B, H, D), a key near those of a head.
-        state: (B, H, D, D), the slope H of `Rest`.
-    """
-
-    query_means: Tensor
-    key_means: Tensor
-    deviations: Tensor
-    rise: Tensor
-    weight: Tensor
-    squares: Tensor
-    common: Tensor
-    state: Tensor
-
-    def of_heads(self, some: slice) -> "BlockFacts":
-        return BlockFacts(*(x[:, some].contiguous() for x in self))
 
 
 def block_facts(

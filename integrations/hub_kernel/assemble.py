@@ -33,7 +33,7 @@ STAND_INS = {
     ),
     "kernels.triton.tuned": (
         '"""No configuration is kept on a machine: the built-in ones run."""\n\n\n'
-        "def key(*facts: object) -> str:\n"
+        "def key(*facts: object, ruled: bool) -> str:\n"
         '    """Name nothing."""\n'
         '    return ""\n\n\n'
         "def read() -> dict[str, list[int]]:\n"

@@ -40,10 +40,10 @@ from gen_accel.attention_processors.methods.scores import (
     Scores,
     chosen,
 )
-from gen_accel.kernels.base import Runner, name_of, scale_of, scale_or_default
+from gen_accel.kernels.base import BlockFacts, Runner, name_of, scale_of, scale_or_default
 from gen_accel.kernels.dispatch import native_serves
 from gen_accel.kernels.native import rest as native_rest
-from gen_accel.kernels.rest import BlockFacts, block_facts
+from gen_accel.kernels.rest import block_facts
 from gen_accel.method import RunPlan, Step, plan_once
 from gen_accel.parsing import Finite, Share, check_options
 from gen_accel.plan import ORDERS, Centre, Plan, Rest, numbers_on, plan_of_call

@@ -35,6 +35,7 @@ from gen_accel.attention_processors.methods.blocks import (
     smooth_qk,
     tile_of,
 )
+from gen_accel.kernels.base import BlockFacts
 from gen_accel.kernels.choosing import (
     block_deviations,
     block_means,
@@ -42,7 +43,7 @@ from gen_accel.kernels.choosing import (
     select,
     selects,
 )
-from gen_accel.kernels.rest import BlockFacts, pooled_shares
+from gen_accel.kernels.rest import pooled_shares
 from gen_accel.method import Method, plan_once
 from gen_accel.plan import Plan, Rest, Slots, numbers_on, pack, plan_of_call
 from gen_accel.video import VideoShape

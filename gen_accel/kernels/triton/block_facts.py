@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gen_accel.kernels.rest import BlockFacts
+from gen_accel.kernels.base import BlockFacts
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import TILE, WARPS, launch, operate, rows, rowwise
 from gen_accel.kernels.triton.pooling import BlockSquares, block_squares

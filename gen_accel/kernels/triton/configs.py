@@ -391,7 +391,7 @@ def choose(
     ruled = ruled or gain
     kind = row(kind, ruled)
     arch = architecture(q.device)
-    config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k, ruled))
+    config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k, ruled=ruled))
     block = worked_off(kind, block_q, block_k)
     if config is None:
         config = from_table(arch, kind, q.shape[3], q.dtype, block, gain)

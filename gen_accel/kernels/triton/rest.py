@@ -16,8 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gen_accel.kernels.base import Context, Kernel, Values
-from gen_accel.kernels.rest import BlockFacts
+from gen_accel.kernels.base import BlockFacts, Context, Kernel, Values
 from gen_accel.kernels.triton import configs, slope
 from gen_accel.kernels.triton import curve as curves
 from gen_accel.kernels.triton import rest_launches as launches
