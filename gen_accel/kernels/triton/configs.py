@@ -113,6 +113,8 @@ WITH_GAIN = {
     ("sm_80", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_90", 64, "dkdv rule", False): _C(32, 128, 8, 2),
     ("sm_90", 64, "dkdv rule", True): _C(32, 64, 4, 2),
+    ("sm_90", 128, "dkdv rule", False): _C(16, 64, 4, 2),
+    ("sm_90", 128, "dkdv rule", True): _C(16, 64, 4, 2),
     ("sm_100", 128, "dq", False): _C(64, 64, 8, 2),
     ("sm_100", 128, "dkdv rule", False): _C(32, 64, 4, 2),
     ("sm_120", 64, "dkdv rule", False): _C(32, 64, 4, 1),
