@@ -7,7 +7,7 @@ Stages, each of which leaves its result in the working folder and is skipped whe
     pictures     the transformer learns from first frames what is to be seen
     clips        and from clips of 33 frames how it moves
 
-On one core they take about 17 and 3 minutes, and some 1 and 4 hours.
+On one core they take about 17, 3 and 50 minutes, and some 2 hours.
 
 A stage can be broken off at any time: it goes on at its last checkpoint and ends in the same bits,
 on the same kind of device with as many threads. All is drawn from seeds, step by step. What lies
@@ -96,12 +96,12 @@ TEXT_STEPS, TEXT_BATCH = 1200, 128
 
 HEADS, LAYERS = 3, 8
 SHARD = 256  # clips
-RATE = 2e-3
+PICTURE_RATE, CLIP_RATE = 2e-3, 4e-3  # of learning, at its highest
 SHIFT = 3.0  # of the noise schedule, in training and in generation
 PICTURES = 16_384
 CLIPS = 6144
 PICTURE_PHASES = (Phase(4000, 32, 1, SIZE),)
-CLIP_PHASES = Phase(1500, 16, 3, SIZE), Phase(1500, 10, 5, SIZE), Phase(5000, 6, 9, SIZE)
+CLIP_PHASES = Phase(800, 16, 3, SIZE), Phase(1200, 10, 5, SIZE), Phase(2200, 6, 9, SIZE)
 NAMED = 0.05  # weight of what tokens say they show
 NO_CAPTION = 0.1  # share of the captions that are left out, for guidance
 
@@ -608,12 +608,12 @@ def train_pictures(run: Run) -> None:
     transformer = new_transformer(
         heads=HEADS, layers=LAYERS, text=WIDTH, channels=CHANNELS, patch=PATCH
     )
-    _train_transformer(run, "pictures", transformer, PICTURE_PHASES, (1, PICTURES))
+    _train_transformer(run, "pictures", transformer, PICTURE_PHASES, PICTURE_RATE, (1, PICTURES))
 
 
 def train_clips(run: Run) -> None:
     transformer = run.load("transformer").requires_grad_()
-    _train_transformer(run, "clips", transformer, CLIP_PHASES, (FRAMES, CLIPS))
+    _train_transformer(run, "clips", transformer, CLIP_PHASES, CLIP_RATE, (FRAMES, CLIPS))
 
 
 def _train_transformer(
@@ -621,12 +621,14 @@ def _train_transformer(
     stage: str,
     transformer: WanTransformer3DModel,
     phases: tuple[Phase, ...],
+    rate: float,
     cached: tuple[int, int],
 ) -> None:
     """Train by flow matching.
 
     Args:
         phases: one after the other; `frames` counts latents.
+        rate: of learning, at its highest.
         cached: frames and number of the clips to learn from.
     """
     data = Latents.drawn(run, *cached)
@@ -666,7 +668,7 @@ def _train_transformer(
         return loss + NAMED * named, line
 
     with patch.object(transformer_wan, "dispatch_attention_fn", padded):
-        run.train(stage, model, new_optimizers(model), RATE, len(order), loss_of)
+        run.train(stage, model, new_optimizers(model), rate, len(order), loss_of)
     run.finish(stage, transformer, steps=len(order))
 
 
