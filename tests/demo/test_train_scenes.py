@@ -112,6 +112,13 @@ def test_what_ships_keeps_what_the_judge_sees():
     assert judge(pixels, scene).strict
 
 
+def test_what_ships_makes_first_frames_as_asked():
+    pipe = WanPipeline.from_pretrained(train_scenes.OUT, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    clips = evaluate_scenes.judged(pipe, scored_scenes(5), 1, 10, 3.0, 0)
+    assert evaluate_scenes.score(clips)["right"] >= 3
+
+
 def test_one_token_stands_for_the_padding_of_any_length(monkeypatch):
     transformer = new_transformer(heads=1, layers=1, text=8).eval()
     torch.nn.init.normal_(transformer.proj_out.weight)
