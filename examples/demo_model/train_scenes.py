@@ -209,6 +209,9 @@ class Run:
         name = self.last(part)
         assert name is not None
         model: Any = STAGES[name].kind.from_pretrained(self.path(name), dtype=torch.float32)
+        if issubclass(STAGES[name].kind, ModelMixin):
+            # What is packed names its stage, not a folder of this machine.
+            model.register_to_config(_name_or_path=name)
         return model.to(self.device).requires_grad_(False).eval()
 
     def generator(self, stage: int, step: int) -> torch.Generator:

@@ -96,6 +96,8 @@ def test_what_is_finished_is_where_a_training_begins(short, monkeypatch, tmp_pat
     before, after = weights(first), weights(then)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert any(name.startswith("transformer/") for name in after.keys() - before.keys())
+    configs = [path.read_text("utf-8") for path in then.glob("*/config.json")]
+    assert [text for text in configs if str(tmp_path) in text] == [] != configs
 
 
 def test_what_ships_keeps_what_the_judge_sees():
