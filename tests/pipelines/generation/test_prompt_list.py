@@ -76,11 +76,12 @@ def loads(monkeypatch):
 
 
 def arguments(model, folder, texts=TEXTS, out="clip.gif"):
-    """Of `gen-accel`, for a list of prompts; by one kernel, whatever is built."""
+    """Of `gen-accel`, for a list of prompts; by the same kernels in every process."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(texts))
     names = ("--model", model, "--prompts", prompts, "--out", folder / out, "--device", DEVICE)
-    return [str(arg) for arg in ("generate", *names, "--kernel", "gather", *SMALL)]
+    kernels = ("--kernel", "gather", "--linear-kernel", "torch")
+    return [str(arg) for arg in ("generate", *names, *kernels, *SMALL)]
 
 
 def paths(folder):
