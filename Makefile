@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test nightly quick lint golden docs docs-serve notebooks versions gpu dist train-demo train-lora clean
+.PHONY: help venv demo test nightly quick lint golden docs docs-serve notebooks versions gpu dist remake-demo clean
 
 help:
 	@echo "make demo        one video, dense and sparse on one clock, into outputs/demo/"
@@ -17,8 +17,7 @@ help:
 	@echo "make gpu         everything a GPU can tell, in MINUTES=9; more of it by RESUME=1"
 	@echo "make dist        the sdist, and the wheel from it, into dist/; RELEASE=v0.2.0 checks the tag"
 	@echo "make venv        only the environment, in .venv"
-	@echo "make train-demo  train the demo model again, about two hours on 2 cores"
-	@echo "make train-lora  train its LoRA for longer videos again"
+	@echo "make remake-demo the demo model and all that hangs on it again; STAGES=--list shows what"
 
 venv: .venv/.ready
 
@@ -76,15 +75,8 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-train-demo: venv
-	PYTHONPATH=examples $(BIN)/python -m demo_model.train
-
-train-lora: venv
-	PYTHONPATH=examples $(BIN)/python -m demo_model.clips --out outputs/clips --frames 129 --count 1200
-	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
-		-m gen_accel train configs/lora/demo.yaml
-	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
-		-m gen_accel train configs/lora/demo_guided.yaml
+remake-demo: venv
+	@PYTHONPATH=examples $(BIN)/python -m demo_model.remake $(STAGES)
 
 clean:
 	rm -rf .venv outputs dist .pytest_cache .ruff_cache

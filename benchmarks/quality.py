@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import yaml
 from pages import RESULTS, machine, read_result, spread, write_table
 from rich.progress import track
 
+from gen_accel import demo
 from gen_accel.demo import world
 from gen_accel.demo.detector import detect
 from gen_accel.measure import write_json
@@ -45,18 +47,30 @@ from gen_accel.pipelines.generation.kept import keeping
 from gen_accel.pipelines.generation.step_cache import skipped_steps
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_model.judge import judge, scored_scenes
+from demo_model.remake import weights_sha256
+from demo_model.scenes import Scene
 from demo_model.scoring import keeps_pace, quarter_paces, score, strays
 
 HERE = Path(__file__).parent
-PROMPTS: dict[str, Callable[[], tuple[world.Scene, ...]]] = {
+AnyScene = world.Scene | Scene
+PROMPTS: dict[str, Callable[[], Sequence[AnyScene]]] = {
     "scored": world.scored_scenes,
+    # Of several objects, every other one a scene that no model was trained on.
+    "several": scored_scenes,
     # The first 12 that the model never saw, the others that no LoRA did.
     "held_out": lambda: (*world.UNSEEN, *world.scored_scenes(world.HELD_OUT)),
 }
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 RESAMPLED, SURE = 10_000, 95  # drawn means of a bootstrap, and the per cent within its interval
 FIGURES = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "vmaf": "VMAF", "cvvdp_jod": "cvvdp, JOD"}
-COUNTS = {"right": "right", "strict": "right in every quarter", "steady": "right and steady"}
+COUNTS = {
+    "right": "right",
+    "strict": "right in every quarter",
+    "unseen": "the same of scenes held out",
+    "number": "as many objects as asked",
+    "steady": "right and steady",
+}
 Row = dict[str, Any]
 
 
@@ -74,6 +88,7 @@ class Suite:
         beside: name of a setting.
         metrics: beside PSNR and SSIM: "vmaf", "cvvdp", "lpips".
         page: of the repository, with marks of the suite's name for its table; None: it has none.
+        model: of `generate`; a folder's path is from the root of the repository.
     """
 
     prompts: str
@@ -84,6 +99,7 @@ class Suite:
     beside: str
     metrics: tuple[str, ...] = ()
     page: str | None = None
+    model: str = demo.NAME
 
     @classmethod
     def read(cls, path: Path, values: Mapping[str, str]) -> "Suite":
@@ -101,7 +117,7 @@ class Suite:
                     raise ValueError(f"{role} of {name} is {other}, which is no setting")
 
     @property
-    def scenes(self) -> list[world.Scene]:
+    def scenes(self) -> list[AnyScene]:
         known = PROMPTS[self.prompts]()
         return [known[i % len(known)] for i in range(self.clips)]
 
@@ -127,7 +143,8 @@ def made(suite: Suite, work: Path, parts: Sequence[str] = ()) -> Iterator[tuple[
             rows = []
             for i, scene in enumerate(track(suite.scenes, name)):
                 place = work / slug(name) / f"{i:03d}"
-                row = clip(place, scene, suite.fields | own | {"seed": suite.seed + i})
+                given = suite.fields | own | {"seed": suite.seed + i}
+                row = clip(place, scene, given, suite.model)
                 reference = work / slug(suite.role(name, "beside")) / f"{i:03d}"
                 if reference != place and reference.is_dir():
                     row |= _fidelity(place, reference, suite.metrics)
@@ -135,18 +152,25 @@ def made(suite: Suite, work: Path, parts: Sequence[str] = ()) -> Iterator[tuple[
             yield name, rows
 
 
-def clip(place: Path, scene: world.Scene, fields: dict[str, Any]) -> Row:
+def clip(place: Path, scene: AnyScene, fields: dict[str, Any], model: str = demo.NAME) -> Row:
     """Make a clip at `place`, a folder of PNG frames, unless it is there; score it.
 
     Args:
         fields: of `generate`.
     """
     file = place.with_suffix(".json")
-    asked = json.loads(json.dumps({"prompt": scene.caption, **fields}, default=str))
+    given = {"prompt": scene.caption, "weights": weights_of(model), **fields}
+    asked = json.loads(json.dumps(given, default=str))
     known = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if known.get("asked") != asked or not place.is_dir():
         with redirect_stderr(io.StringIO()):  # its progress, beside the bar over all clips
-            result = generate("demo", [scene.caption], out=place, overwrite=True, **fields)[0]
+            [result] = generate(
+                str(pipeline_of(model)) if model != demo.NAME else model,
+                [scene.caption],
+                out=place,
+                overwrite=True,
+                **fields,
+            )
         video = read_video(place)
         density = result.summary.density  # none of a dense clip
         known = {"asked": asked, "seconds": result.seconds, "density": density or 1.0}
@@ -158,8 +182,28 @@ def clip(place: Path, scene: world.Scene, fields: dict[str, Any]) -> Row:
     return {"prompt": scene.caption, "seed": fields["seed"]} | row
 
 
-def scored(video: np.ndarray, scene: world.Scene) -> Row:
+def pipeline_of(model: str) -> Path:
+    """Folder of the model of a suite."""
+    return demo.path() if model == demo.NAME else HERE.parent / model
+
+
+@cache
+def weights_of(model: str) -> str:
+    """Hash of all weights of a suite's model, by which clips and results know it."""
+    return weights_sha256(pipeline_of(model))
+
+
+def scored(video: np.ndarray, scene: AnyScene) -> Row:
     """Score a clip, (F, H, W, 3) uint8, by its pixels against what was asked."""
+    if isinstance(scene, Scene):
+        verdict = judge(video, scene)
+        found = {
+            "faults": verdict.whole.faults,
+            "right": verdict.right,
+            "strict": verdict.strict,
+            "number": "count" not in verdict.whole.faults,
+        }
+        return found | ({"unseen": verdict.strict} if scene.is_held_out else {})
     found = detect(video)
     is_right = score(found, scene).right
     return {
@@ -326,7 +370,12 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     against = {name: suite.role(name, "against") for name in suite.settings}
-    report: dict[str, Any] = environment() | {"clips": suite.clips, "against": against, "runs": {}}
+    report: dict[str, Any] = environment() | {
+        "weights": weights_of(suite.model),
+        "clips": suite.clips,
+        "against": against,
+        "runs": {},
+    }
     then: dict[str, list[Row]] = {}
     if args.before is not None:
         given = [x for one in args.set for x in ("--set", one)]

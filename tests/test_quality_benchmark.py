@@ -3,6 +3,7 @@
 import math
 import sys
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,15 @@ from scipy import stats
 from gen_accel.demo import world
 from gen_accel.measure import write_video
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_model.judge import scored_scenes
+from demo_model.scenes import Scene, draw
+
 SUITE = """
 prompts: held_out
 clips: 3
 seed: 5
-fields: {frames: 5, height: 96, width: 96, steps: $steps}
+fields: {frames: 24, height: 96, width: 96, steps: $steps}
 beside: dense
 settings:
   dense: {method: dense}
@@ -27,6 +32,8 @@ settings:
 
 
 def drawn(scene, seed, frames=24):
+    if isinstance(scene, Scene):
+        return draw(scene, frames=frames, seed=seed, size=96).video.numpy()
     g = torch.Generator().manual_seed(seed)
     video = world.render([scene], frames=frames, size=96, generator=g)[0]
     return ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
@@ -40,8 +47,9 @@ def quality(from_benchmarks, monkeypatch):
 
     def generate(model, prompts, *, out, method, seed, **fields):
         module.calls.append((method, seed, prompts[0], fields))
-        scene = next(one for one in world.SCENES if one.caption == prompts[0])
-        video = drawn(scene, seed)
+        scenes = (*world.SCENES, *scored_scenes(10))
+        scene = next(one for one in scenes if one.caption == prompts[0])
+        video = drawn(scene, seed, fields["frames"])
         if method == "piecewise":
             video = video.mean(axis=3, keepdims=True).astype(np.uint8).repeat(3, axis=3)
         write_video(video, out, fps=world.FPS)
@@ -115,7 +123,7 @@ def test_a_difference_is_that_of_the_textbook(quality):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("held_out", "all", "prompts are scored or held_out, got all"),
+        ("held_out", "all", "prompts are scored or several or held_out, got all"),
         ("beside: dense", "beside: stock", "beside of the suite is stock, which is no setting"),
         ("against: drawn", "against: painted", "against of of one colour is painted right"),
     ],
@@ -123,6 +131,37 @@ def test_a_difference_is_that_of_the_textbook(quality):
 def test_a_suite_that_names_what_is_not_there_is_refused(quality, tmp_path, old, new, told):
     with pytest.raises(ValueError, match=told):
         suite(quality, tmp_path, SUITE.replace(old, new))
+
+
+@pytest.mark.parametrize("frames", [1, 33])
+def test_scenes_of_several_objects_have_a_judge_of_their_own(quality, tmp_path, frames):
+    text = SUITE.replace("held_out", "several").replace("frames: 24", f"frames: {frames}")
+    rows = dict(quality.made(suite(quality, tmp_path, text), tmp_path / "work"))
+    unseen = [scene.is_held_out for scene in scored_scenes(3)]
+    assert 0 < sum(unseen) < 3
+    for i, row in enumerate(rows["drawn right"]):
+        assert (row["right"], row["strict"], row["number"]) == (True, True, True)
+        assert row.get("unseen") == (True if unseen[i] else None)
+    for row in rows["of one colour"]:
+        assert "color" in row["faults"]
+        assert not row["right"]
+
+
+def test_clips_of_other_weights_are_made_again(quality, tmp_path, monkeypatch):
+    one = suite(quality, tmp_path)
+    for weights, made in (("one", 9), ("one", 9), ("other", 18)):
+        monkeypatch.setattr(quality, "weights_of", lambda model, weights=weights: weights)
+        list(quality.made(one, tmp_path / "work"))
+        assert len(quality.calls) == made
+
+
+def test_results_are_of_the_weights_that_are_here(quality):
+    paths = [*(quality.HERE / "suites").glob("*.yaml")]
+    for path in paths:
+        one = quality.Suite.read(path, {})
+        result = quality.read_result(f"quality_{path.stem}")
+        assert result["weights"] == quality.weights_of(one.model), path.stem
+    assert paths
 
 
 def test_the_suites_that_are_here_are_whole(quality, from_benchmarks):

@@ -11,7 +11,8 @@ F frames, H rows, W columns, N objects of a group, T templates.
     background  its pattern, and how it moves
 
 A clip is right with all of them, and strictly so if count, colour, shape, size and background hold
-in each quarter too, as far as something is to be seen there.
+in each quarter too, as far as something is to be seen there. A single frame has neither motion nor
+depth nor quarters.
 """
 
 import itertools
@@ -94,7 +95,7 @@ class Verdict:
     """
     Args:
         whole: of the clip.
-        quarters: of each quarter, without motion and depth.
+        quarters: of each quarter, without motion and depth; of a single frame none.
     """
 
     whole: Judgement
@@ -127,17 +128,15 @@ def judge(video: np.ndarray | torch.Tensor, scene: Scene) -> Verdict:
     Args:
         video: (F, H, W, 3) uint8, 96 pixels high and wide or more.
     """
-    seen = Seen(np.asarray(video), scene)
+    video = np.asarray(video)
+    if len(video) == 1:
+        return Verdict(Seen(video.repeat(FEWEST, axis=0), scene).look(np.arange(FEWEST)), ())
+    seen = Seen(video, scene)
     frames = np.arange(len(seen.labels))
     whole = seen.look(frames)
     background = whole.background and seen.pans() is not False
     whole = replace(whole, motion=seen.motion(), depth=seen.depth(), background=background)
     return Verdict(whole, tuple(map(seen.look, np.array_split(frames, QUARTERS))))
-
-
-def judge_picture(picture: np.ndarray | torch.Tensor, scene: Scene) -> Judgement:
-    """Judge a first frame, (H, W, 3) uint8, without motion and depth."""
-    return Seen(np.stack([np.asarray(picture)] * FEWEST), scene).look(np.arange(FEWEST))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ CURRICULUM = (  # frames count latents
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model from nothing.")
     parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo_model"))
     parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -201,7 +201,7 @@ def run(
         if not (demo.path() / "model_index.json").exists():
             raise FileNotFoundError(
                 f"the demo model is not at {demo.path()}: install the package again, or train it "
-                "with `make train-demo`"
+                "with `make remake-demo STAGES=model`"
             )
     if with_lora and (model is not None or pictured):
         other = "an image prompt" if pictured else f"model {model}"

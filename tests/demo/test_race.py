@@ -139,5 +139,5 @@ def test_a_demo_that_is_cut_off_leaves_what_it_finished(monkeypatch, tmp_path, o
 
 def test_a_model_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "path", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="make train-demo"):
+    with pytest.raises(FileNotFoundError, match="make remake-demo STAGES=model"):
         job.run(tmp_path / "out")

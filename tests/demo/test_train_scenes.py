@@ -10,11 +10,9 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
-from gen_accel import demo
-
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
-from demo_model import evaluate_scenes, train_scenes
-from demo_model.judge import judge, judge_picture, scored_scenes
+from demo_model import train_scenes
+from demo_model.judge import judge, scored_scenes
 from demo_model.scenes import BEHIND, MOVES, Group, Scene, draw, scene_of
 from demo_model.train import Phase, new_tokenizer, new_transformer, psnr
 from demo_model.train_scenes import FIELDS, REPORT, STAGES, Padded, Run, said, shown, words
@@ -50,6 +48,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}/{k}": v for file in files for k, v in load_file(file).items()}
 
 
+def sampled(folder: Path, scene: Scene, seed: int, frames: int, steps: int) -> torch.Tensor:
+    """A clip of the pipeline in a folder, (F, H, W, 3) uint8."""
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe(
+        scene.caption,
+        height=96,
+        width=96,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    ).frames[0]
+    return (video.movedim(1, -1) * 255).round().to(torch.uint8)
+
+
 def trained(monkeypatch, work: Path, *options: str) -> Path:
     out = work / "out"
     args = ["train_scenes", "--work", str(work), "--out", str(out), "--no-compile", *options]
@@ -81,11 +96,8 @@ def test_a_training_that_is_broken_off_ends_in_the_same_bits(short, monkeypatch,
 
     report = json.loads((parts / REPORT).read_text("utf-8"))
     assert [*report] == ["autoencoder", "text", "clips"]
-    pipe = WanPipeline.from_pretrained(parts, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    (clip,) = evaluate_scenes.judged(pipe, scored_scenes(1), 5, 1, 3.0, 0)
-    assert not clip["strict"]
-    assert evaluate_scenes.score([clip])["faults"] == dict.fromkeys(clip["faults"], 1)
+    (scene,) = scored_scenes(1)
+    assert not judge(sampled(parts, scene, seed=0, frames=5, steps=1), scene).strict
 
 
 def test_what_is_finished_is_where_a_training_begins(short, monkeypatch, tmp_path):
@@ -115,10 +127,11 @@ def test_what_ships_keeps_what_the_judge_sees():
 
 
 def test_what_ships_makes_first_frames_as_asked():
-    pipe = WanPipeline.from_pretrained(train_scenes.OUT, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    clips = evaluate_scenes.judged(pipe, scored_scenes(5), 1, 10, 3.0, 0)
-    assert evaluate_scenes.score(clips)["right"] >= 3
+    pictures = [
+        judge(sampled(train_scenes.OUT, scene, seed=i, frames=1, steps=10), scene)
+        for i, scene in enumerate(scored_scenes(5))
+    ]
+    assert sum(one.right for one in pictures) >= 3
 
 
 def test_one_token_stands_for_the_padding_of_any_length(monkeypatch):
@@ -181,27 +194,6 @@ def test_words_and_fields_are_those_of_the_captions():
 def test_drawn_first_frames_are_right_and_others_are_not():
     scenes = scored_scenes(20)
     for seed, scene in enumerate(scenes):
-        picture = draw(scene, frames=1, seed=seed).video[0]
-        assert not judge_picture(picture, scene).faults
-        assert judge_picture(picture, scenes[seed - 1]).faults
-
-
-def test_clips_that_are_judged_are_not_made_again(monkeypatch, tmp_path):
-    made, out = [], tmp_path / "score.json"
-
-    def judged(pipe, scenes, frames, steps, guidance, first):
-        made.append(first)
-        fault = {"caption": "", "held_out": False, "faults": ["count"]}
-        return [fault | {"right": False, "strict": False} for _ in scenes]
-
-    monkeypatch.setattr(evaluate_scenes, "judged", judged)
-    monkeypatch.setattr(evaluate_scenes, "PART", 2)
-    args = ["evaluate_scenes", "--model", str(demo.path()), "--out", str(out)]
-    for count in ("4", "6"):
-        monkeypatch.setattr(sys, "argv", [*args, "--count", count])
-        evaluate_scenes.main()
-    assert made == [0, 2, 4]
-    assert json.loads(out.read_text("utf-8"))["faults"] == {"count": 6}
-    monkeypatch.setattr(sys, "argv", [*args, "--steps", "3"])
-    with pytest.raises(SystemExit):
-        evaluate_scenes.main()
+        picture = draw(scene, frames=1, seed=seed).video
+        assert judge(picture, scene).strict
+        assert not judge(picture, scenes[seed - 1]).right
