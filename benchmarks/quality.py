@@ -88,7 +88,7 @@ class Suite:
         beside: name of a setting.
         metrics: beside PSNR and SSIM: "vmaf", "cvvdp", "lpips".
         page: of the repository, with marks of the suite's name for its table; None: it has none.
-        model: of `generate`; a folder's path is from the root of the repository.
+        model: `demo.NAME`, or a pipeline folder.
     """
 
     prompts: str
@@ -103,9 +103,13 @@ class Suite:
 
     @classmethod
     def read(cls, path: Path, values: Mapping[str, str]) -> "Suite":
-        """Read a suite, a YAML file, with values of its `$names`."""
+        """Read a suite, a YAML file, with values of its `$names`. A path of its model is from the
+        root of the repository."""
         text = string.Template(path.read_text("utf-8")).substitute(values)
-        return cls(**yaml.safe_load(text))
+        fields = yaml.safe_load(text)
+        if "model" in fields:
+            fields["model"] = str(HERE.parent / fields["model"])
+        return cls(**fields)
 
     def __post_init__(self) -> None:
         if self.prompts not in PROMPTS:
@@ -164,13 +168,7 @@ def clip(place: Path, scene: AnyScene, fields: dict[str, Any], model: str = demo
     known = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if known.get("asked") != asked or not place.is_dir():
         with redirect_stderr(io.StringIO()):  # its progress, beside the bar over all clips
-            [result] = generate(
-                str(pipeline_of(model)) if model != demo.NAME else model,
-                [scene.caption],
-                out=place,
-                overwrite=True,
-                **fields,
-            )
+            result = generate(model, [scene.caption], out=place, overwrite=True, **fields)[0]
         video = read_video(place)
         density = result.summary.density  # none of a dense clip
         known = {"asked": asked, "seconds": result.seconds, "density": density or 1.0}
@@ -182,15 +180,10 @@ def clip(place: Path, scene: AnyScene, fields: dict[str, Any], model: str = demo
     return {"prompt": scene.caption, "seed": fields["seed"]} | row
 
 
-def pipeline_of(model: str) -> Path:
-    """Folder of the model of a suite."""
-    return demo.path() if model == demo.NAME else HERE.parent / model
-
-
 @cache
 def weights_of(model: str) -> str:
     """Hash of all weights of a suite's model, by which clips and results know it."""
-    return weights_sha256(pipeline_of(model))
+    return weights_sha256(demo.path() if model == demo.NAME else Path(model))
 
 
 def scored(video: np.ndarray, scene: AnyScene) -> Row:

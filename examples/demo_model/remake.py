@@ -17,7 +17,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,9 +150,10 @@ def make(name: str) -> None:
     """
     stage = STAGES[name]
     *earlier, stamp = (_stamp(one) for one in [*STAGES][: [*STAGES].index(name) + 1])
-    asked = [[*one] for one in commands(stage)]
+    asked = commands(stage)
     done = json.loads(stamp.read_text("utf-8")) if stamp.exists() else []
-    if done and any(one.exists() and _made(one) > _made(stamp) for one in earlier):
+    made = stamp.stat().st_mtime_ns if done else 0
+    if done and any(one.exists() and one.stat().st_mtime_ns > made for one in earlier):
         done = []
     while done != asked[: len(done)]:
         done.pop()  # what was asked for otherwise then, and all behind it
@@ -170,10 +170,9 @@ def make(name: str) -> None:
     print(f"{name}: done", flush=True)
 
 
-def commands(stage: Stage) -> Iterator[list[str]]:
-    """Commands of a stage, for the model that is embedded now."""
-    for one in stage.commands:
-        yield shlex.split(_filled(one))
+def commands(stage: Stage) -> list[list[str]]:
+    """Words of a stage's commands, for the model that is embedded now."""
+    return [shlex.split(_filled(one)) for one in stage.commands]
 
 
 def embed(source: Path, package: Path) -> None:
@@ -205,10 +204,6 @@ def weights_sha256(pipeline: Path) -> str:
 def _stamp(name: str) -> Path:
     """File of the finished commands of a stage."""
     return ROOT / _filled("{root}" if name == "model" else "{work}") / f"{name}.done.json"
-
-
-def _made(file: Path) -> int:
-    return file.stat().st_mtime_ns
 
 
 def _filled(text: str) -> str:
