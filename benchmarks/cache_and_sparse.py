@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import cache_dit
 import numpy as np
 import torch
-from pages import machine, right, write_between_marks
+from pages import machine, right, weights_of, write_between_marks
 from study import captured
 
 from gen_accel import Schedule, attach
@@ -114,7 +114,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         busy.append(load.busy())
         print(f"round {number + 1} of {args.rounds}: {busy[-1] or 'the machine was quiet'}")
     report = environment() | {"cache_dit": version("cache-dit"), "arguments": vars(args)}
-    report |= {"method": str(method), "schedule": str(schedule), "warmup": warmup, "busy": busy}
+    report |= {
+        "weights": weights_of(),
+        "method": str(method),
+        "schedule": str(schedule),
+        "warmup": warmup,
+        "busy": busy,
+    }
     calls = BRANCHES * args.steps
     report["rows"] = [row(one, runs, calls) for one in chosen]
     for found in report["rows"]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
+from pages import weights_of
 
 from gen_accel import Schedule, SparseLinear, attach, calibrate, demo
 from gen_accel.measure import psnr, ssim, write_json
@@ -48,7 +49,8 @@ def main() -> None:
         "max_sequence_length": TEXT,
     }
     schedule = Schedule(dense_steps=args.dense_steps)
-    report: dict[str, Any] = environment() | vars(args) | {"fit": FIT, "test": TEST, "rows": []}
+    about = environment() | {"weights": weights_of()}
+    report: dict[str, Any] = about | vars(args) | {"fit": FIT, "test": TEST, "rows": []}
     dense = [clip(pipe, prompt, args.steps, call) for prompt in TEST]
     methods = {
         f"{linear_over}, {combine}": SparseLinear(

@@ -4,6 +4,8 @@ import argparse
 import itertools
 from pathlib import Path
 
+from pages import weights_of
+
 from gen_accel import BlockMixture, Neighborhood, Radial, Schedule, SparseLinear, demo
 from gen_accel.demo import job
 from gen_accel.demo.detector import detect
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--name", default="demo", help="of the JSON file in results/")
     args = parser.parse_args()
 
+    weights = weights_of(str(args.model or demo.NAME))
     pipe = load(args.model or demo.path(), Loading(dtype="float32", device=args.device))
     path, rows = RESULTS / f"{args.name}.json", []
     print(f"{args.prompt!r}, seed {args.seed}, {args.steps} steps")
@@ -70,7 +73,7 @@ def main() -> None:
         }
         row = result.to_dict() | {"detector": shows}
         rows.append(row)
-        write_json(path, {"runs": rows})
+        write_json(path, {"weights": weights, "runs": rows})
         verdict = "same" if shows["dense"] == shows["sparse"] else "CHANGED"
         print(
             f"{frames:>6}{row['dense_seconds']:>9.1f}{row['sparse_seconds']:>10.1f}"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import RESULTS, machine, read_result, spread, write_table
+from pages import RESULTS, begun, machine, read_result, spread, write_table
 from quality import Difference, Suite, made
 
 from gen_accel import Dense, Piecewise, Radial, Reuse
@@ -159,7 +159,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for file, runs in RUNS.items():
         path = RESULTS / f"{file}.json"
-        report: dict[str, Any] = {"runs": {}} | (read_result(file) if path.exists() else {})
+        report = begun(path, {"runs": {}})
         for frames, steps in runs:
             one = f"{frames}:{steps}"
             if args.only and one not in args.only:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from kept import keep_clip, kept_clip, to_make
-from pages import machine, write_between_marks
+from pages import machine, weights_of, write_between_marks
 from PIL import Image
 from rich.progress import track
 
@@ -113,6 +113,7 @@ def main() -> None:
     if args.worker != "0/1":
         return
     report = {
+        "weights": weights_of(),
         "adapter": digest(args),
         "frames": args.frames,
         "steps": args.steps,

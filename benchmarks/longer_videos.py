@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 from kept import clip_file, keep_clip, kept_clip, to_make
-from pages import write_between_marks
+from pages import weights_of, write_between_marks
 from rich.progress import track
 from study import longer
 
@@ -138,6 +138,7 @@ def main() -> None:
     if args.worker != "0/1":
         return
     report = {
+        "weights": weights_of(),
         "frames": args.frames,
         "trained_frames": TRAINED_FRAMES,
         "steps": args.steps,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import weights_of
 from study import ablation, captured, choices, clips, errors, others, page, random_wan, settings
 from study.variants import Variant
 
@@ -89,7 +90,8 @@ def main() -> None:
     }
     run = next(run for name, run in modes.items() if getattr(args, name))
     prompts = [captured.PROMPTS[i] for i in args.prompts]
-    run(args, environment() | {"frames": args.frames, "prompts": prompts})
+    head = environment() | {"frames": args.frames, "prompts": prompts}
+    run(args, head if args.random else head | {"weights": weights_of()})
 
 
 def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
@@ -183,7 +185,7 @@ def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
         steps = captured.STEPS if isinstance(method, Piecewise) else clips.FIT_STEPS
         some = args.prompts[: FEWER if isinstance(method, Variant) else None]
         rows = clips.measured(pipe, method, some, args.frames, folder, known, steps)
-        where = {key: head[key] for key in ("device", "processor")}
+        where = {key: head[key] for key in ("device", "processor", "weights")}
         made = {"setting": name, "options": str(method), **where, "rows": rows}
         write_json(folder / f"{name}.json", made)
         print(clip_line(name, rows), flush=True)
@@ -196,10 +198,15 @@ def collected(path: Path, folder: Path, head: dict[str, Any]) -> dict[str, dict[
     """Settings by name, of the results so far on this device and in the folder of this run."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = all(known.get(key) == head[key] for key in ("frames", "prompts"))
-    there = known["settings"] if same and not other_machine(known, head) else []
+    there = known["settings"] if same and not is_other(known, head) else []
     made = [json.loads(one.read_text(encoding="utf-8")) for one in folder.glob("*.json")]
-    there += [one for one in made if not other_machine(one, head)]
+    there += [one for one in made if not is_other(one, head)]
     return {setting["setting"]: setting for setting in there}
+
+
+def is_other(known: dict[str, Any], head: dict[str, Any]) -> bool:
+    """Whether figures are of another machine or of other weights."""
+    return bool(other_machine(known, head)) or known.get("weights") != head["weights"]
 
 
 def of_scores(args: argparse.Namespace, head: dict[str, Any]) -> None:
@@ -209,7 +216,7 @@ def of_scores(args: argparse.Namespace, head: dict[str, Any]) -> None:
     report = head | {"steps": SCORED_STEPS, "rows": []}
     report["prompts"] = [captured.PROMPTS[i] for i in SCORED]
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known and not other_machine(known, head):
+    if known and not is_other(known, head):
         report["rows"] = known["rows"]
     made = {row["prompt"] for row in report["rows"]}
     for prompt in SCORED:
@@ -247,7 +254,7 @@ def of_choices(args: argparse.Namespace, head: dict[str, Any]) -> None:
         facts |= {"single_tokens": [*choices.of_single_tokens(video, ROUNDS)]}
     report = head | facts | {"rows": []}
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known and not other_machine(known, head):
+    if known and not is_other(known, head):
         report["rows"] = known["rows"]
     made = {row["prompt"] for row in report["rows"]}
     taking = captured.of_lora(args.frames) if args.lora else nullcontext(captured.pipeline())

@@ -3,9 +3,16 @@ words that several of them have."""
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from gen_accel import demo
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_model.remake import weights_sha256
 
 RESULTS = Path(__file__).parent / "results"
 UNSCORED = "what these clips show was not scored"
@@ -36,6 +43,27 @@ def write_between_marks(page: Path, rows: Sequence[str]) -> None:
 def read_result(name: str) -> dict[str, Any]:
     """Read a result file by its name without ending."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def weights_of(model: str = demo.NAME) -> str:
+    """Hash of all weights of a model, by which clips and results know it.
+
+    Args:
+        model: `demo.NAME`, or a pipeline folder.
+    """
+    return weights_sha256(demo.path() if model == demo.NAME else Path(model))
+
+
+def begun(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
+    """Read a result file that a study of the demo model goes on with; `empty` without one.
+
+    Raises SystemExit for figures of other weights, which would be mixed with those to come.
+    """
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+    if report.get("weights", weights_of()) != weights_of():
+        raise SystemExit(f"{path} has figures of another demo model: take it away, to begin again")
+    return report | {"weights": weights_of()}
 
 
 def machine(report: Mapping[str, Any]) -> str:

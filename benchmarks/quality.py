@@ -25,14 +25,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from pages import RESULTS, machine, read_result, spread, write_table
+from pages import RESULTS, machine, read_result, spread, weights_of, write_table
 from rich.progress import track
 
 from gen_accel import demo
@@ -48,7 +47,6 @@ from gen_accel.pipelines.generation.step_cache import skipped_steps
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_model.judge import judge, scored_scenes
-from demo_model.remake import weights_sha256
 from demo_model.scenes import Scene
 from demo_model.scoring import keeps_pace, quarter_paces, score, strays
 
@@ -178,12 +176,6 @@ def clip(place: Path, scene: AnyScene, fields: dict[str, Any], model: str = demo
         write_json(file, known)
     row = {name: value for name, value in known.items() if name != "asked"}
     return {"prompt": scene.caption, "seed": fields["seed"]} | row
-
-
-@cache
-def weights_of(model: str) -> str:
-    """Hash of all weights of a suite's model, by which clips and results know it."""
-    return weights_sha256(demo.path() if model == demo.NAME else Path(model))
 
 
 def scored(video: np.ndarray, scene: AnyScene) -> Row:

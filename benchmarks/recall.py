@@ -13,7 +13,6 @@ with these motions. A clip that is there is not made again.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import warnings
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from kept import clip_file, keep_clip, kept_clip
-from pages import RESULTS, machine, write_table
+from pages import RESULTS, begun, machine, write_table
 from rich.progress import track
 from streaming import DOCS, SCENES, SETTINGS, SIZE, Seen, streamed
 from torch import Tensor
@@ -66,9 +65,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the table alone")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
-    report: dict[str, Any] = {"losses": {}, "clips": {}}
-    if args.out.exists():
-        report = json.loads(args.out.read_text("utf-8"))
+    report = begun(args.out, {"losses": {}, "clips": {}})
     if not args.docs:
         torch.set_num_threads(1)
         recipe = read_recipe(args.lora)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import weights_of
 from study import captured
 from study.captured import Captured
 from study.errors import relative_error
@@ -45,7 +46,7 @@ def main() -> None:
     calls = captured.capture(captured.pipeline(), [args.prompt], steps, args.frames)
     kept = {(call.step, call.layer): call for call in calls}
     report: dict[str, Any] = environment() | vars(args) | {"rows": []}
-    report["prompt"] = captured.PROMPTS[args.prompt]
+    report |= {"weights": weights_of(), "prompt": captured.PROMPTS[args.prompt]}
     inner = SparseLinear(args.critical, block_q=args.block, block_k=args.block)
     for step in args.used:
         per_layer = [

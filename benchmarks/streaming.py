@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from kept import clip_file, keep_clip, kept_clip
-from pages import RESULTS, machine, write_table
+from pages import RESULTS, begun, machine, write_table
 from rich.progress import track
 
 import gen_accel
@@ -78,9 +78,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure the command's memory alone")
     parser.add_argument("--docs", action="store_true", help="write the table alone")
     args = parser.parse_args()
-    report: dict[str, Any] = {"runs": {}}
-    if RESULT.exists():
-        report = json.loads(RESULT.read_text("utf-8"))
+    report = begun(RESULT, {"runs": {}})
     if args.memory:
         report["peak_mb"] = {str(frames): peak_of_command(frames) for frames in MEMORY}
         write_json(RESULT, report)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from few_steps import DOCS, SIZE
-from pages import RESULTS, machine, read_result, right, spread, write_table
+from pages import RESULTS, begun, machine, read_result, right, spread, weights_of, write_table
 from quality import STEADY, Row, Suite, made
 from study import longer
 
@@ -54,15 +54,17 @@ def main() -> None:
         parser.error(f"a LoRA that was trained with student_steps, got {args.lora}")
     kept = ("frames", "levels", "steps", "stages", "rank", "method", "teacher_guidance", "batch")
     about = environment() | {name: getattr(recipe, name) for name in kept}
+    about["weights"] = weights_of()
     make, name = (long_suite, "student_long") if args.long else (short_suite, "student_steps")
-    found: dict[str, list[Row]] = read_result(name)["runs"] if args.long else {}
+    path = RESULTS / f"{name}.json"
+    found: dict[str, list[Row]] = begun(path, {"runs": {}})["runs"] if args.long else {}
     warnings.simplefilter("ignore")
     suite = make(args.lora, recipe)
     for title, rows in made(suite, args.work / name):
         guided = (suite.fields | suite.settings[title])["guidance_scale"] > 1
         calls = steps_of(suite, title) * (1 + guided)
         found[args.name if title == EIGHT else title] = [row | {"calls": calls} for row in rows]
-        write_json(RESULTS / f"{name}.json", about | {"runs": found})
+        write_json(path, about | {"runs": found})
 
 
 def steps_of(suite: Suite, title: str) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanPipeline
-from pages import write_between_marks
+from pages import weights_of, write_between_marks
 from rich.progress import track
 from study import tuned as tables
 
@@ -98,6 +98,7 @@ def main() -> None:
         "tuned_at": 4 * (found.preset.made_for.grid[0] - 1) + 1,
         "scale": args.scale,
         "environment": environment(),
+        "weights": weights_of(),
         "tuned": told(found),
         "settings": summed(settings, scores, found),
     }

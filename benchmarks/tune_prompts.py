@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 import tune
 from diffusers import WanPipeline
+from pages import weights_of
 
 import gen_accel
 from gen_accel.measure import write_json
@@ -75,7 +76,7 @@ def main() -> None:
             }
         )
     report = {"frames": args.frames, "steps": args.steps, "cost": args.cost, "rows": rows}
-    write_json(RESULT, report | {"environment": environment()})
+    write_json(RESULT, report | {"environment": environment(), "weights": weights_of()})
 
 
 def of_prompts(found: Tuned, count: int) -> Profile:

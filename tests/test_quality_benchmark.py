@@ -1,5 +1,6 @@
 """Settings in pairs: what a suite makes once, how it scores, and what differs for certain."""
 
+import json
 import math
 import sys
 from itertools import chain
@@ -11,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
+from gen_accel import demo
 from gen_accel.demo import world
 from gen_accel.measure import write_video
 
@@ -18,6 +20,12 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_model.judge import scored_scenes
 from demo_model.scenes import Scene, draw
 
+# How the names of result files begin whose figures are times, bytes or counts.
+OF_NO_MODEL = (
+    *("cache_clips", "cache_many", "cache_reading", "comfyui", "cpu", "estimate", "judge"),
+    *("methods_random", "overhead", "own_sparsity", "pipeline", "plan", "rest", "scaling"),
+    "train",
+)
 SUITE = """
 prompts: held_out
 clips: 3
@@ -155,13 +163,29 @@ def test_clips_of_other_weights_are_made_again(quality, tmp_path, monkeypatch):
         assert len(quality.calls) == made
 
 
-def test_results_are_of_the_weights_that_are_here(quality):
-    paths = [*(quality.HERE / "suites").glob("*.yaml")]
-    for path in paths:
-        one = quality.Suite.read(path, {})
-        result = quality.read_result(f"quality_{path.stem}")
-        assert result["weights"] == quality.weights_of(one.model), path.stem
-    assert paths
+def test_results_are_of_the_weights_that_are_here(quality, from_benchmarks):
+    pages, others = from_benchmarks("pages"), []
+    suites = {one.stem: quality.Suite.read(one, {}) for one in (quality.HERE / "suites").iterdir()}
+    models = {f"quality_{name}": suite.model for name, suite in suites.items()}
+    for path in pages.RESULTS.glob("*.json"):
+        known = pages.read_result(path.stem).get("weights")
+        if path.stem.startswith(OF_NO_MODEL):
+            assert known is None, path.stem
+        elif known != pages.weights_of(models.get(path.stem, demo.NAME)):
+            others.append(path.stem)
+    assert not others, f"made with other models than the ones here: {', '.join(others)}"
+    assert {*models} <= {path.stem for path in pages.RESULTS.glob("*.json")}
+
+
+def test_figures_of_another_model_are_not_gone_on_with(from_benchmarks, tmp_path):
+    pages, path = from_benchmarks("pages"), tmp_path / "streaming.json"
+    report = pages.begun(path, {"runs": {}})
+    assert report == {"runs": {}, "weights": pages.weights_of()}
+    path.write_text(json.dumps(report | {"runs": {"dense": 1}}))
+    assert pages.begun(path, {"runs": {}})["runs"] == {"dense": 1}
+    path.write_text(json.dumps(report | {"weights": "other"}))
+    with pytest.raises(SystemExit, match="has figures of another demo model"):
+        pages.begun(path, {"runs": {}})
 
 
 def test_the_suites_that_are_here_are_whole(quality, from_benchmarks):
