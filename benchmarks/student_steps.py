@@ -164,13 +164,15 @@ def table_of_long(report: dict[str, Any]) -> list[str]:
 
 
 def table_of_tried(report: dict[str, Any]) -> list[str]:
-    """Rows of what was tried on a few prompts, each once."""
+    """Rows of what was tried on a few prompts, each once, and of the levels that they name."""
     lines = ["| | steps, sampler, shift or levels | calls | right |", "|---|---|---|---|"]
     for row in report["runs"]:
         right = f"{row['right']} of {row['of']}"
         lines.append(f"| {row['loras']} | {row['how']} | {row['calls']} | {right} |")
-    told = (f"{name}: {', '.join(map(str, each))}" for name, each in report["levels"].items())
-    return [*lines, "", f"Levels {'; '.join(told)}."]
+    lines += ["", "| levels | noise at which each step begins |", "|---|---|"]
+    for name, each in report["levels"].items():
+        lines.append(f"| {name} | {', '.join(map(str, each))} |")
+    return lines
 
 
 def _psnr_of(rows: list[Row]) -> str:
